@@ -1,0 +1,1006 @@
+"""GenerateStars.py: make pairs of a starry picture and the same picture without its stars, to train nox on.
+
+    python GenerateStars.py                                  1000 colour pairs on painted skies into "nox data"
+    python GenerateStars.py --backgrounds photos SIDD_Small  photographs as backgrounds, painted skies between them
+    python GenerateStars.py --no-color --imcount 200 --preview-pairs 12
+
+Each pair is x{i}.png (starry) and y{i}.png (star-free). It depends on --seed, its number i and the backgrounds alone.
+
+Convention: an image is float32 RGB, shape (height, width, channels), 0..1; lengths are pixels, angles radians,
+temperatures kelvin. "Linear" values are light, "display" values are what the stretched picture shows. OpenCV's BGR
+and integer depths exist only in read_background and write_png.
+
+Star removal by a network trained on such pairs is StarNet's idea (Nikita Misiura); synthetic stars on star-free
+backgrounds is that of the original nox (Christopher Harvey).
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from astropy import units
+from astropy.modeling.models import BlackBody, Sersic2D
+from astropy.table import Table, vstack
+from photutils.datasets import apply_poisson_noise
+from photutils.psf import AiryDiskPSF, GaussianPSF, MoffatPSF
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings: one field a line; the command line is derived from them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def setting(default, text):
+    """A dataclass field with its default and the reason or meaning that --help shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    imcount: int = setting(1000, "number of pairs to make")
+    start: int = setting(0, "number of the first pair")
+    cpus: int = setting(0, "processes; 0 takes one for each CPU")
+    color: bool = setting(True, "RGB pairs; --no-color makes grayscale ones")
+    save_dir: str = setting("nox data", "folder for the pairs; made if missing")
+    seed: int = setting(0, "seed of everything random; pair i depends on seed and i alone")
+    size: int = setting(512, "height and width of a picture: room for halos and random 256-pixel crops")
+    depth: int = setting(8, "bits per channel of the PNG files, 8 or 16")
+    backgrounds: tuple[str, ...] = setting(
+        (), "folders of star-free photographs (also SIDD-Small, RENOIR); none: paint"
+    )
+    painted: float = setting(0.5, "share of painted skies beside the photographs of --backgrounds")
+    overwrite: bool = setting(False, "make pairs again whose two files exist; by default they are kept")
+    catalog: bool = setting(
+        False, "write each pair's stars as stars{i}.ecsv (x, y, flux, FWHM, temperature, population)"
+    )
+    preview_pairs: int = setting(0, "write preview.png, a contact sheet of the first N pairs, starry above starless")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is drawn for each picture: every range in one place
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A random number between two ends, uniform in itself or (log) in its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __call__(self, rng, size=None):
+        if self.log:
+            return np.exp(rng.uniform(np.log(self.low), np.log(self.high), size))
+        return rng.uniform(self.low, self.high, size)
+
+
+# Stars. A population is drawn with its chance; "faintest" is how far its faintest star stands over the sky once
+# stretched (0.01 drowns in noise, 0.1 is plain); "span" is magnitudes from faintest to brightest; "slope" is s of
+# N(>F) ~ F^-s (1.5 is a uniform space, real fields lie below); "spread" is the radius of its clumps over the frame.
+@dataclasses.dataclass(frozen=True)
+class Population:
+    chance: float
+    density: Range  # stars per megapixel
+    faintest: Range
+    span: Range
+    slope: Range
+    temperature: Range
+    spread: Range | None = None
+
+
+POPULATIONS = {
+    "field": Population(0.90, Range(100, 6000, True), Range(0.015, 0.15, True), Range(5, 9), Range(0.5, 1.2), Range(3000, 12000, True)),
+    "crowd": Population(0.35, Range(5000, 30000, True), Range(0.01, 0.06, True), Range(2, 6), Range(0.9, 1.6), Range(2800, 7000, True)),
+    "cluster": Population(0.20, Range(200, 4000, True), Range(0.02, 0.2, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), Range(0.03, 0.25, True)),
+    "giants": Population(0.75, Range(4, 60, True), Range(0.5, 0.9), Range(2, 6), Range(0.3, 0.8), Range(2800, 25000, True)),
+}  # fmt: skip
+
+# Optics.
+FWHM = Range(1.2, 6.5, True)  # pixels; most pictures are sampled at 2 to 4 pixels
+FWHM_LARGE = Range(6.5, 15, True)  # long focal lengths and poor seeing
+FWHM_LARGE_CHANCE = 0.12
+BETA = Range(2.0, 6.0, True)  # Moffat's exponent: 2.5 measured seeing, 4.765 Kolmogorov, more: short wings
+CORE_SHARES = {"moffat": 0.72, "gaussian": 0.12, "airy": 0.10, "defocus": 0.06}
+OBSTRUCTION = Range(0.2, 0.5)  # secondary mirror over aperture, of defocused stars
+AXIS_RATIO = Range(0.75, 1.0)  # minor over major axis: tilt, guiding
+TRAIL_CHANCE, TRAIL = 0.12, Range(0.5, 2.0)  # guiding trail in FWHM
+COMA_CHANCE, COMA = 0.20, Range(0.3, 1.5)  # comet tail at the frame's corner in FWHM
+FIELD_STRETCH = Range(0.0, 0.35)  # radial elongation at the corner
+ZONES = 3  # a picture with coma is divided into ZONES x ZONES, each with its own PSF
+CHROMATIC_CHANCE = 0.25
+CHROMATIC_FWHM = Range(0.9, 1.25)  # red and blue FWHM over green
+CHROMATIC_SHIFT = Range(-0.6, 0.6)  # lateral colour, pixels
+SPIKE_CHANCE = 0.5
+SPIKE_AXES = {2: 0.70, 3: 0.20, 4: 0.10}  # two arms an axis: 4 (reflector, Hubble), 6 (JWST), 8
+SPIKE_LIGHT = Range(0.002, 0.06, True)  # share of the star's light in all its spikes
+SPIKE_WIDTH = Range(0.35, 0.8)  # in FWHM
+SPIKE_DECAY = Range(1.2, 2.2)  # exponent of the fall along the arm
+SPIKE_RAINBOW_CHANCE, SPIKE_SPLIT_CHANCE = 0.4, 0.2
+SPIKE_PERIOD = Range(8, 40, True)  # pixels between the colour fringes of a spike
+HALO_CHANCE = 0.5
+HALO_LIGHT = Range(0.01, 0.25, True)  # share of the star's light
+HALO_SCALE = Range(4, 30, True)  # exponential scale in FWHM
+HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
+REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.08, Range(0.003, 0.03, True), Range(10, 60, True)
+
+# Colour of the stars.
+SATURATION = Range(0.0, 2.2)  # exponent on a star's blackbody colour: 0 grey, 1 true, 2 pushed
+TINT_CHANCE, TINT = 0.25, Range(0.5, 1.5)  # narrow-band palettes and poor white balance
+MONO_CHANCE = 0.15  # grey pictures among the colour pairs
+
+# Exposure and stretch.
+SCREEN_CHANCE = 0.25  # stretched stars screen-blended, the original way; else linear light is added
+MIDTONES = Range(0.003, 0.25, True)  # of the midtones transfer function: 0.003 deep stretch, 0.25 gentle
+STRETCH_SHARES = {"mtf": 0.60, "asinh": 0.25, "log": 0.15}
+NOISE = Range(0.0008, 0.05, True)  # standard deviation in display units at the sky's level
+PHOTON_SHARE = Range(0.0, 1.0)  # part of the variance at the sky's level that grows with the light
+CORRELATION_CHANCE, CORRELATION = 0.5, Range(0.4, 1.3)  # debayering and resampling: blur of the noise, pixels
+CHROMA = Range(0.0, 1.0)  # 0: the same noise in all channels, 1: independent
+BANDING_CHANCE, BANDING = 0.08, Range(0.05, 0.4)  # row or column noise over pixel noise
+HOT_PIXEL_CHANCE, HOT_PIXELS = 0.06, Range(3, 60, True)  # left in both pictures, per megapixel
+GLOW_CHANCE = 0.85  # share of pictures whose stars raise their own photon noise
+
+# Processing applied to both pictures alike.
+RESIZE_CHANCE, RESIZE = 0.25, Range(0.6, 1.0)  # rendered larger, then reduced by this factor
+SHARPEN_CHANCE, SHARPEN_AMOUNT, SHARPEN_RADIUS = 0.30, Range(0.3, 2.0), Range(0.8, 2.5)  # leaves dark rings
+DENOISE_CHANCE, DENOISE = 0.20, Range(0.5, 1.0)  # share of the smoothed picture
+CONTRAST_CHANCE, CONTRAST = 0.10, Range(0.1, 0.4)
+VIBRANCE_CHANCE, VIBRANCE = 0.30, Range(0.6, 1.8)
+JPEG_CHANCE, JPEG_QUALITY = 0.20, Range(82, 98)
+
+# Backgrounds.
+SKY_LEVEL = Range(0.01, 0.30, True)  # display level of the darkest sky
+NEBULA_PEAK = Range(0.05, 0.9, True)  # display height of the brightest nebula over the sky
+EMPTY_SKY_CHANCE = 0.2  # no nebula at all: a gradient and noise
+GALAXY_CHANCE, GALAXY_FIELD_CHANCE = 0.12, 0.20
+KNOT_CHANCE = 0.25
+PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
+PHOTO_DARKEN = Range(0.25, 1.0)
+PALETTE = {  # red, green, blue of an emission or a reflection, display colours
+    "hydrogen": (1.00, 0.22, 0.25),
+    "oxygen": (0.15, 0.85, 0.80),
+    "sulphur": (1.00, 0.62, 0.18),
+    "reflection": (0.35, 0.55, 1.00),
+    "dust": (0.75, 0.60, 0.45),
+    "cirrus": (0.62, 0.65, 0.70),
+    "magenta": (0.95, 0.30, 0.75),
+    "green": (0.30, 0.80, 0.30),
+}
+
+PHOTOGRAPHS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+HALF_LEVEL = 0.5 / 255  # half a grey level of an 8-bit picture: light below it is no star
+COLOR_BANDS = np.array([610.0, 540.0, 460.0])  # nm, centres of a camera's red, green and blue
+WHITE = 6500  # kelvin, the star that comes out white
+
+
+class BadInput(Exception):
+    """A user's mistake, told in one line."""
+
+
+def chance(rng, probability):
+    return rng.random() < probability
+
+
+def pick(rng, shares):
+    """One key of a {key: share} table; the shares sum to 1."""
+    return list(shares)[rng.choice(len(shares), p=list(shares.values()))]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Backgrounds: photographs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def find_photographs(folders):
+    """Sorted paths of the photographs below the folders.
+
+    Of SIDD-Small (..._GT_SRGB_..., ..._NOISY_SRGB_...) and RENOIR (...Reference.bmp, ...Noisy.bmp) only the clean
+    one of each scene is taken. Raises BadInput for a folder that is missing or holds none.
+    """
+    found = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise BadInput(f"{folder}: not a folder of backgrounds")
+        files = [f for f in folder.rglob("*") if f.suffix.lower() in PHOTOGRAPHS and f.is_file()]
+        clean = [f for f in files if not ("_NOISY_" in f.name or f.stem.lower().endswith("noisy"))]
+        if not clean:
+            raise BadInput(f"{folder}: no photograph (PNG, JPEG, TIFF, BMP or WebP) in it")
+        found += clean
+    return sorted(str(f) for f in found)
+
+
+def read_background(path):
+    """A photograph as an image, whatever its depth and channels; raises ValueError when it cannot be read."""
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise ValueError(f"{path}: not a readable picture")
+    if pixels.dtype.kind == "u":
+        return pixels[..., ::-1].astype(np.float32) / np.iinfo(pixels.dtype).max
+    pixels = np.nan_to_num(pixels[..., ::-1].astype(np.float32), posinf=0, neginf=0).clip(0)
+    return pixels / max(1.0, float(pixels.max()))
+
+
+def photograph(rng, size, path):
+    """A random part of a photograph, reduced, mirrored, and regraded so that daylight looks like night."""
+    image = read_background(path)
+    scale = max(PHOTO_SCALE(rng), size / min(image.shape[:2]))  # a small photograph is enlarged to fill the frame
+    window = min(int(np.ceil(size / scale)), *image.shape[:2])
+    top, left = (rng.integers(0, length - window + 1) for length in image.shape[:2])
+    image = image[top : top + window, left : left + window]
+    method = cv2.INTER_AREA if window >= size else cv2.INTER_CUBIC
+    image = cv2.resize(image, (size, size), interpolation=method).clip(0, 1)
+    image = np.rot90(image, rng.integers(4))[:, :: rng.choice([-1, 1])]
+    image = image[..., rng.permutation(3)] ** rng.uniform(0.8, 2.2)  # a darker gamma keeps the highlights
+    gray = image.mean(axis=-1, keepdims=True)
+    image = gray + rng.uniform(0.3, 1.3) * (image - gray)
+    return (SKY_LEVEL(rng) * 0.3 + PHOTO_DARKEN(rng) * image).clip(0, 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Backgrounds: painted skies
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def turbulence(rng, size, slope=3.0):
+    """Gaussian random field with the power spectrum k^-slope, shape (size, size), scaled so that 1% to 99% is 0..1."""
+    k = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
+    k[0, 0] = 1 / size
+    spectrum = (rng.normal(size=k.shape) + 1j * rng.normal(size=k.shape)) * k ** (-slope / 2 - 0.5)
+    field = np.fft.irfft2(spectrum, s=(size, size))
+    low, high = np.percentile(field[::4, ::4], [1, 99])
+    return ((field - low) / (high - low)).astype(np.float32)
+
+
+def warp(field, shift_x, shift_y):
+    """The field with its coordinates displaced by two other fields (domain warping): wisps instead of clouds."""
+    y, x = np.indices(field.shape, dtype=np.float32)
+    return cv2.remap(field, x + shift_x, y + shift_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+
+
+def smoothstep(field, low, high):
+    t = ((field - low) / (high - low)).clip(0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def cloud(rng, size):
+    """One emission or reflection, shape (size, size), 0..1: billows, filaments or a shell with a shock front."""
+    slope, reach = rng.uniform(2.0, 3.4), size * rng.uniform(0.05, 0.25)
+    shift_x, shift_y = (reach * (turbulence(rng, size, 3.2) - 0.5) for _ in range(2))
+    field = warp(turbulence(rng, size, slope), shift_x, shift_y)
+    kind = rng.integers(3)
+    if kind == 1:  # ridges of the field are filaments
+        field = (1 - np.abs(2 * field.clip(0, 1) - 1)) ** rng.uniform(2, 6)
+    elif kind == 2:  # a bubble: bright rim outside, hollow inside
+        y, x = np.indices((size, size), dtype=np.float32)
+        radius = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size)) / (size * rng.uniform(0.2, 0.7))
+        radius = radius + 0.5 * (field - 0.5)
+        field = np.exp(-np.abs(radius - 1) / rng.uniform(0.02, 0.2)) * (0.4 + 0.6 * field)
+    low = rng.uniform(0.0, 0.5)
+    envelope = smoothstep(turbulence(rng, size, 4.0), rng.uniform(-0.3, 0.4), rng.uniform(0.6, 1.2))
+    return smoothstep(field, low, low + rng.uniform(0.4, 1.6)) * envelope
+
+
+def sky_gradient(rng, size):
+    """Light pollution, moonlight and vignetting: a plane and a bowl, shape (size, size, 3), around 1."""
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j].astype(np.float32)
+    plane = 1 + rng.uniform(-0.4, 0.4) * x + rng.uniform(-0.4, 0.4) * y
+    bowl = 1 - rng.uniform(0, 0.3) * (x**2 + y**2) * chance(rng, 0.5)
+    return (plane * bowl)[..., None] * rng.uniform(0.75, 1.25, 3).astype(np.float32)
+
+
+def spiral_galaxy(rng, size, fwhm):
+    """A large galaxy with bulge, disk, spiral arms, dust and HII knots, added light of shape (size, size, 3)."""
+    scale, q, angle = size * rng.uniform(0.06, 0.25), rng.uniform(0.2, 1.0), rng.uniform(0, np.pi)
+    y, x = np.indices((size, size), dtype=np.float32)
+    dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
+    u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
+    radius = np.hypot(u, v) + 0.5
+    winding = rng.integers(1, 4) * (np.arctan2(v, u) - np.log(radius) / np.tan(rng.uniform(0.2, 0.6)))
+    grain = turbulence(rng, size, 2.2)
+    arms = (0.5 + 0.5 * np.cos(winding + 3 * grain)) ** rng.uniform(1, 4)
+    disk = np.exp(-radius / scale)
+    knots = np.where((grain > 0.8) & (arms > 0.5), 1, 0).astype(np.float32)
+    knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
+    bulge = np.exp(-radius / (0.15 * scale))
+    old, young = np.array([1.0, 0.85, 0.65]), np.array([0.6, 0.75, 1.0])
+    dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
+    light = (bulge + 0.5 * disk)[..., None] * old + (disk * (0.2 + arms) * dust)[..., None] * young
+    light = light + rng.uniform(0, 1) * knots[..., None] * np.array(PALETTE["magenta"])
+    return rng.uniform(0.2, 0.8) * light.astype(np.float32)
+
+
+def galaxy_field(rng, size, fwhm):
+    """Small and far galaxies: Sersic profiles no sharper than the seeing, added light of shape (size, size, 3)."""
+    light = np.zeros((size, size, 3), np.float32)
+    for _ in range(rng.integers(2, 30)):
+        r_eff = max(fwhm * rng.uniform(0.9, 1.4), np.exp(rng.uniform(np.log(2), np.log(size / 20))))
+        reach = int(min(size, 7 * r_eff + 8))
+        x, y = rng.uniform(0, size, 2)
+        left, top = int(x) - reach, int(y) - reach
+        yy, xx = np.mgrid[max(top, 0) : min(top + 2 * reach, size), max(left, 0) : min(left + 2 * reach, size)]
+        model = Sersic2D(1, r_eff, rng.uniform(0.7, 2.5), x, y, rng.uniform(0.1, 0.75), rng.uniform(0, np.pi))
+        profile = cv2.GaussianBlur(model(xx, yy).astype(np.float32), (0, 0), fwhm / 2.355)
+        profile *= rng.uniform(0.02, 0.7) / profile.max()
+        profile = (profile - profile[[0, -1]].mean()).clip(0)  # ends softly at the window's edge
+        color = 1 + rng.uniform(0, 0.5) * np.array([0.5, 0.0, -0.5]) * rng.choice([-1, 1])
+        light[yy[0, 0] : yy[-1, 0] + 1, xx[0, 0] : xx[0, -1] + 1] += profile[..., None] * color.astype(np.float32)
+    return light
+
+
+def knots(rng, size, fwhm):
+    """Small bright blobs wider than a star, irregular, that must stay: HII regions and globules' rims."""
+    light = np.zeros((size, size, 3), np.float32)
+    for _ in range(rng.integers(3, 25)):
+        blob = np.zeros((size, size), np.float32)
+        center, sigma = rng.uniform(0, size, 2), fwhm * rng.uniform(0.9, 3.0) + 1
+        for point in rng.normal(center, 1.5 * sigma, (rng.integers(2, 6), 2)).astype(int):
+            if (point >= 0).all() and (point < size).all():
+                blob[tuple(point)] += rng.uniform(0.3, 1)
+        blob = cv2.GaussianBlur(blob, (0, 0), sigma)
+        if blob.max() > 0:
+            color = np.array(PALETTE[rng.choice(list(PALETTE))], np.float32)
+            light += rng.uniform(0.03, 0.5) * (blob / blob.max())[..., None] * color
+    return light
+
+
+def painted_sky(rng, size, fwhm):
+    """A star-free deep-sky picture from noise alone, display values, shape (size, size, 3)."""
+    image = SKY_LEVEL(rng) * sky_gradient(rng, size)
+    if not chance(rng, EMPTY_SKY_CHANCE):
+        glow = smoothstep(turbulence(rng, size, 4.0), -0.2, 1.2)[..., None]  # unresolved, wide
+        light = rng.uniform(0, 1) * glow * np.array(PALETTE[rng.choice(list(PALETTE))], np.float32)
+        for name in rng.choice(list(PALETTE), rng.integers(1, 4), replace=False):
+            color = np.array(PALETTE[name], np.float32) * rng.uniform(0.7, 1.3, 3).astype(np.float32)
+            light += rng.uniform(0.3, 1) * cloud(rng, size)[..., None] * color
+        image = image + NEBULA_PEAK(rng) * light / max(light.max(), 1e-3)
+        if chance(rng, 0.6):  # dust lanes absorb, blue more than red
+            depth = rng.uniform(0.3, 2.5) * cloud(rng, size)[..., None]
+            image = image * np.exp(-depth * np.array([0.7, 1.0, 1.3], np.float32))
+    if chance(rng, GALAXY_CHANCE):
+        image = image + spiral_galaxy(rng, size, fwhm)
+    if chance(rng, GALAXY_FIELD_CHANCE):
+        image = image + galaxy_field(rng, size, fwhm)
+    if chance(rng, KNOT_CHANCE):
+        image = image + knots(rng, size, fwhm)
+    return (1 - np.exp(-image.clip(0))).astype(np.float32) if chance(rng, 0.5) else image.clip(0, 1).astype(np.float32)
+
+
+def background(rng, size, fwhm, photographs, painted):
+    """(image, name): a photograph, a painted sky, or one screen-blended over the other."""
+    if not photographs or chance(rng, painted):
+        return painted_sky(rng, size, fwhm), "painted"
+    path = photographs[rng.integers(len(photographs))]
+    image = photograph(rng, size, path)
+    if chance(rng, 0.2):
+        image = 1 - (1 - image) * (1 - painted_sky(rng, size, fwhm))
+    return image.astype(np.float32), path
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optics: drawn once per picture
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Optics:
+    """How a telescope, its mount and the air draw a point of light."""
+
+    core: str
+    fwhm: float
+    beta: float
+    axis_ratio: float
+    angle: float
+    obstruction: float
+    chromatic: np.ndarray  # FWHM of R, G, B over that of green
+    shift: np.ndarray  # (3, 2) lateral colour x, y
+    trail: np.ndarray  # (2,) guiding trail x, y
+    coma: float  # comet tail at the corner
+    field_stretch: float  # radial elongation at the corner
+    spikes: dict | None
+    halo: dict | None
+    reflection: dict | None
+
+    @property
+    def varies(self):
+        return self.coma > 0
+
+    @property
+    def gray(self):
+        """The same PSF in all three channels."""
+        return bool(np.all(self.chromatic == 1) and not self.shift.any())
+
+
+def draw_spikes(rng):
+    axes = pick(rng, SPIKE_AXES)
+    start = rng.choice([0.0, np.pi / 4, rng.uniform(0, np.pi)])
+    angles = start + np.arange(axes) * np.pi / axes
+    if chance(rng, SPIKE_SPLIT_CHANCE):  # vanes that are not parallel split each spike in two
+        angles = np.concatenate([angles - 0.012, angles + 0.012])
+    return {
+        "angles": angles,
+        "light": SPIKE_LIGHT(rng),
+        "width": SPIKE_WIDTH(rng),
+        "decay": SPIKE_DECAY(rng),
+        "rainbow": chance(rng, SPIKE_RAINBOW_CHANCE) * rng.uniform(0.2, 0.8),
+        "period": SPIKE_PERIOD(rng),
+    }
+
+
+def draw_optics(rng, color):
+    fwhm = FWHM_LARGE(rng) if chance(rng, FWHM_LARGE_CHANCE) else FWHM(rng)
+    core = pick(rng, CORE_SHARES)
+    chromatic = color and chance(rng, CHROMATIC_CHANCE)
+    trail = TRAIL(rng) * fwhm * chance(rng, TRAIL_CHANCE)
+    direction = rng.uniform(0, 2 * np.pi)
+    return Optics(
+        core=core if fwhm > 2 else "moffat",  # an undersampled Airy or defocus ring cannot be told from a Moffat
+        fwhm=fwhm,
+        beta=BETA(rng),
+        axis_ratio=AXIS_RATIO(rng),
+        angle=rng.uniform(0, np.pi),
+        obstruction=OBSTRUCTION(rng),
+        chromatic=np.array([CHROMATIC_FWHM(rng), 1, CHROMATIC_FWHM(rng)]) if chromatic else np.ones(3),
+        shift=np.stack([CHROMATIC_SHIFT(rng, 2), (0, 0), CHROMATIC_SHIFT(rng, 2)]) if chromatic else np.zeros((3, 2)),
+        trail=trail * np.array([np.cos(direction), np.sin(direction)]),
+        coma=COMA(rng) * fwhm if chance(rng, COMA_CHANCE) else 0.0,
+        field_stretch=FIELD_STRETCH(rng),
+        spikes=draw_spikes(rng) if chance(rng, SPIKE_CHANCE) else None,
+        halo={"light": HALO_LIGHT(rng), "scale": HALO_SCALE(rng) * fwhm, "blue": HALO_BLUE(rng)} if chance(rng, HALO_CHANCE) else None,
+        reflection={"light": REFLECTION_LIGHT(rng), "radius": REFLECTION_RADIUS(rng), "offset": rng.normal(0, 8, 2)} if chance(rng, REFLECTION_CHANCE) else None,
+    )  # fmt: skip
+
+
+def core_profile(optics, u, v, fwhm):
+    """Light per square pixel of a star of flux 1 at (u, v) from its centre, circular, total 1."""
+    if optics.core == "gaussian":
+        return GAUSSIAN.evaluate(u, v, 1, 0, 0, fwhm, fwhm, 0)
+    if optics.core == "airy":  # FWHM = 0.8436 x the radius of the first dark ring
+        return 0.8 * AIRY.evaluate(u, v, 1, 0, 0, fwhm / 0.8436) + 0.2 * moffat(u, v, fwhm, 3.0)
+    if optics.core == "defocus":  # out of focus: the image of the pupil, with the shadow of the secondary mirror
+        r, outer, soft = np.hypot(u, v), fwhm / 2, 0.08 * fwhm + 0.3
+        inner = optics.obstruction * outer
+        ring = 0.25 * (1 + np.tanh((outer - r) / soft)) * (1 + np.tanh((r - inner) / soft))
+        return 0.85 * ring / (np.pi * (outer**2 - inner**2)) + 0.15 * moffat(u, v, fwhm, optics.beta)
+    return moffat(u, v, fwhm, optics.beta)
+
+
+# photutils' profiles; evaluate() with numbers, since building a model costs more than evaluating it
+MOFFAT, GAUSSIAN, AIRY = MoffatPSF(), GaussianPSF(), AiryDiskPSF()
+
+
+def moffat(u, v, fwhm, beta):
+    return MOFFAT.evaluate(u, v, 1, 0, 0, fwhm / (2 * np.sqrt(2 ** (1 / beta) - 1)), beta)
+
+
+def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
+    """Light per square pixel at (dx, dy) from a star of flux 1, in one channel; field: place in the frame, -1..1."""
+    dx, dy = dx - optics.shift[channel, 0], dy - optics.shift[channel, 1]
+    radius, azimuth = np.hypot(*field) / np.sqrt(2), np.arctan2(field[1], field[0])
+    paths = [(0.0, 0.0, 1.0)]
+    if optics.trail.any():
+        paths = [(*(t * optics.trail), 1.0) for t in np.linspace(-0.5, 0.5, 5)]
+    if optics.coma and radius > 0:
+        tail = optics.coma * radius**2 * np.array([np.cos(azimuth), np.sin(azimuth)])
+        paths = [
+            (x + t * tail[0], y + t * tail[1], w * (1 - 0.75 * t)) for x, y, w in paths for t in (0, 0.33, 0.67, 1)
+        ]
+    total = sum(w for *_, w in paths)
+    angle, q = optics.angle, np.sqrt(optics.axis_ratio)
+    if optics.varies and radius > 0:  # in the corners stars point to the centre
+        angle, q = azimuth, np.sqrt(1 - optics.field_stretch * radius**2)
+    cos, sin = np.cos(angle), np.sin(angle)
+    light = 0
+    for x, y, weight in paths:
+        u, v = (dx - x) * cos + (dy - y) * sin, (dy - y) * cos - (dx - x) * sin
+        light = light + weight / total * core_profile(optics, u * q, v / q, optics.fwhm * optics.chromatic[channel])
+    return light
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stars: drawn per population
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def magnitudes_to_flux(rng, count, slope, span):
+    """Fluxes from 1 to 10^(0.4 span) with N(>F) ~ F^-slope, by inversion of the truncated power law."""
+    bright = 10 ** (-0.4 * span * slope)
+    return (1 - rng.random(count) * (1 - bright)) ** (-1 / slope)
+
+
+def blackbody_rgb(temperature):
+    """Light of a blackbody in red, green and blue over that of a 6500 K one, green = 1; shape (..., 3)."""
+    bands = COLOR_BANDS * units.nm
+    kelvin = np.atleast_1d(temperature)[..., None] * units.K
+    ratio = (BlackBody(kelvin)(bands) / BlackBody(WHITE * units.K)(bands)).value
+    return ratio / ratio[..., 1:2]
+
+
+def draw_stars(rng, shape, optics, visible_flux):
+    """Table of the stars of one picture: x, y, flux, fwhm, temperature, population.
+
+    visible_flux(d) is the flux of a star that stands d over the sky once stretched. Stars up to a margin outside the
+    frame are drawn too: their halos reach in.
+    """
+    height, width = shape
+    margin = 0.06 * max(shape)
+    tables = []
+    while not tables:
+        for name, population in POPULATIONS.items():
+            if not chance(rng, population.chance):
+                continue
+            area = (height + 2 * margin) * (width + 2 * margin) / 1e6
+            density = population.density(rng) / max(1, optics.fwhm / 3) ** 2  # wide stars fill the frame sooner
+            count = max(1, rng.poisson(density * area))
+            x, y = rng.uniform(-margin, width + margin, count), rng.uniform(-margin, height + margin, count)
+            if population.spread:  # a cluster: Gaussian clump round a random centre
+                radius = population.spread(rng) * max(shape)
+                x, y = (
+                    rng.normal(rng.uniform(0, width), radius, count),
+                    rng.normal(rng.uniform(0, height), radius, count),
+                )
+            flux = visible_flux(population.faintest(rng))
+            flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
+            temperature = population.temperature(rng, count)
+            columns = {"x": x, "y": y, "flux": flux, "fwhm": np.full(count, optics.fwhm), "temperature": temperature}
+            tables.append(Table({**columns, "population": np.full(count, name)}))
+    return vstack(tables)
+
+
+def star_colors(rng, temperature, color):
+    """Light of each star in R, G, B, mean 1; shape (stars, 3)."""
+    if not color:
+        return np.ones((len(temperature), 3))
+    rgb = blackbody_rgb(temperature) ** SATURATION(rng)
+    if chance(rng, TINT_CHANCE):
+        rgb = rgb * TINT(rng, 3)
+    return rgb / rgb.mean(axis=1, keepdims=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rendering: linear light
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Sprites:
+    """Pixel-integrated pictures of a star of flux 1 for each sub-pixel phase, for one place in the frame.
+
+    The PSF is evaluated once on cells of 1/phases pixel; binning the cells from each start gives each phase. So a
+    star costs one slice addition, and an undersampled star is integrated over its pixels.
+    """
+
+    def __init__(self, optics, field):
+        self.field = field
+        self.radius = int(np.clip(np.ceil(3 * optics.fwhm), 10, 45))
+        self.phases = phases = 5 if optics.fwhm < 4 else 3
+        reach = self.radius * phases + phases - 1
+        cells = np.arange(-reach, reach + 1) / phases
+        dx, dy = np.meshgrid(cells, cells)
+        channels = [0] if optics.gray else [0, 1, 2]
+        fine = np.stack([point_spread(optics, dx, dy, c, field) for c in channels], axis=-1) / phases**2
+        sums = np.cumsum(np.cumsum(np.pad(fine, ((1, 0), (1, 0), (0, 0))), axis=0), axis=1)
+        length = (2 * self.radius + 1) * phases
+        self.stamps = np.empty((phases, phases, 2 * self.radius + 1, 2 * self.radius + 1, len(channels)), np.float32)
+        for py, px in itertools.product(range(phases), repeat=2):
+            top, left = phases - 1 - py, phases - 1 - px
+            corner = sums[top : top + length + 1 : phases, left : left + length + 1 : phases]
+            self.stamps[py, px] = corner[1:, 1:] - corner[:-1, 1:] - corner[1:, :-1] + corner[:-1, :-1]
+        center = self.stamps[phases // 2, phases // 2].max(axis=-1)
+        self.peak = float(center.max())
+        offset = np.abs(np.arange(-self.radius, self.radius + 1))
+        square = np.maximum(offset[:, None], offset)
+        brightest = np.array([center[square == r].max() for r in range(self.radius + 1)])
+        self.falloff = np.maximum.accumulate(brightest[::-1])[::-1]  # brightest value on or outside a square's edge
+        self.taper = blend_to_wings(np.hypot(offset[:, None], offset), self.radius)[..., None]
+
+    def place(self, x, y):
+        """(column, row, stamp) of a star: the stamp's centre pixel and its picture."""
+        column, row = int(np.floor(x + 0.5)), int(np.floor(y + 0.5))
+        phase_x, phase_y = int((x + 0.5 - column) * self.phases), int((y + 0.5 - row) * self.phases)
+        return column, row, self.stamps[phase_y, phase_x]
+
+
+def blend_to_wings(r, radius):
+    """Weight of a bright star's sprite at r from its centre; the wings have the rest, so that no edge is seen."""
+    return (1 - smoothstep(r, 0.55 * radius, radius)).astype(np.float32)
+
+
+def add_window(canvas, stamp, color, column, row):
+    """Add color * stamp, centred on (column, row), to the canvas, as far as they overlap."""
+    radius = stamp.shape[0] // 2
+    top, left = max(row - radius, 0), max(column - radius, 0)
+    bottom, right = min(row + radius + 1, canvas.shape[0]), min(column + radius + 1, canvas.shape[1])
+    if top < bottom and left < right:
+        part = stamp[top - row + radius : bottom - row + radius, left - column + radius : right - column + radius]
+        canvas[top:bottom, left:right] += part * color
+
+
+def far_light(optics, dx, dy):
+    """Light of spikes, halo and reflection disc of a white star of flux 1, shape (*dx.shape, 3)."""
+    light = np.zeros((*dx.shape, 3), np.float32)
+    radius = np.hypot(dx, dy)
+    if optics.halo:
+        scale, blue = optics.halo["scale"], optics.halo["blue"]
+        tint = np.array([1, (1 + blue) / 2, blue]) / ((1 + blue) / 2)
+        light += (optics.halo["light"] * np.exp(-radius / scale) / (2 * np.pi * scale**2))[..., None] * tint
+    if optics.reflection:
+        offset, size = optics.reflection["offset"], optics.reflection["radius"]
+        disc = 0.5 * (1 - np.tanh((np.hypot(dx - offset[0], dy - offset[1]) - size) / 1.5)) / (np.pi * size**2)
+        light += (optics.reflection["light"] * disc)[..., None]
+    if optics.spikes:
+        light += spike_light(optics, dx, dy, radius)
+    return light
+
+
+def spike_light(optics, dx, dy, radius):
+    """Diffraction spikes of a star of flux 1, shape (h, w, 3 or 1): a power law along each arm, narrow across."""
+    spikes = optics.spikes
+    width = max(0.5, spikes["width"] * optics.fwhm / 2)
+    arms = sum(np.exp(-0.5 * ((dx * np.sin(a) - dy * np.cos(a)) / width) ** 2) for a in spikes["angles"])
+    along = (1 + radius / (2 * optics.fwhm)) ** -spikes["decay"] * np.exp(-radius / (60 * optics.fwhm))
+    length = 4 * optics.fwhm / max(spikes["decay"] - 1, 0.2)  # about the integral along one axis
+    light = (spikes["light"] / len(spikes["angles"]) * arms * along / (length * width * 2.5))[..., None]
+    if spikes["rainbow"]:  # diffraction orders lie further out in red light
+        period = spikes["period"] * COLOR_BANDS / COLOR_BANDS[1]
+        light = light * (1 + spikes["rainbow"] * np.cos(2 * np.pi * radius[..., None] / period))
+    return light.astype(np.float32)
+
+
+def render(stars, colors, optics, shape, threshold):
+    """Linear light of the stars, shape (height, width, 3); what lies below threshold may be left out.
+
+    Faint stars are sprites alone. Of bright ones, all that lies outside the sprite (wings, spikes, halo, reflection) is
+    the same picture for each, so one convolution draws it for all of them, as far out as the brightest one shows.
+    """
+    height, width = shape
+    canvas = np.zeros((height, width, 3), np.float32)
+    steps = ZONES if optics.varies else 1
+    centers = (np.arange(steps) + 0.5) / steps * 2 - 1
+    zones = [[Sprites(optics, (fx, fy)) for fx in centers] for fy in centers]
+    zone_x = (stars["x"].data / width * steps).astype(int).clip(0, steps - 1)
+    zone_y = (stars["y"].data / height * steps).astype(int).clip(0, steps - 1)
+    fluxes = (stars["flux"].data[:, None] * colors).astype(np.float32)
+    bright = (
+        fluxes.max(axis=1) * max(zones[0][0].falloff[-1], far_light(optics, *np.zeros((2, 1, 1))).max()) > threshold
+    )
+    for x, y, zx, zy, flux, wings in zip(stars["x"].data, stars["y"].data, zone_x, zone_y, fluxes, bright):
+        sprites = zones[zy][zx]
+        column, row, stamp = sprites.place(x, y)
+        if wings:
+            stamp = stamp * sprites.taper
+        else:
+            radius = int(np.searchsorted(-sprites.falloff * flux.max(), -threshold)) + 1
+            inner = slice(max(sprites.radius - radius, 0), sprites.radius + radius + 1)
+            stamp = stamp[inner, inner]
+        add_window(canvas, stamp, flux, column, row)
+    if bright.any():
+        canvas += draw_wings(stars["x"].data[bright], stars["y"].data[bright], fluxes[bright], optics, zones[0][0].radius, shape, threshold)  # fmt: skip
+    return canvas
+
+
+def draw_wings(x, y, fluxes, optics, sprite_radius, shape, threshold):
+    """Linear light of bright stars outside their sprites, shape (height, width, 3)."""
+    margin = int(0.06 * max(shape)) + 2
+    points = np.zeros((shape[0] + 2 * margin, shape[1] + 2 * margin, 3), np.float32)
+    inside = (np.abs(x - shape[1] / 2) < shape[1] / 2 + margin - 2) & (
+        np.abs(y - shape[0] / 2) < shape[0] / 2 + margin - 2
+    )
+    x, y, fluxes = x[inside] + margin, y[inside] + margin, fluxes[inside]
+    column, row = np.floor(x).astype(int), np.floor(y).astype(int)
+    for right, low in itertools.product((0, 1), repeat=2):  # a star between pixels is shared out among four
+        weight = np.abs(1 - right - (x - column)) * np.abs(1 - low - (y - row))
+        np.add.at(points, (row + low, column + right), weight[:, None] * fluxes)
+    reach = visible_radius(optics, fluxes.max(initial=0), threshold, max(points.shape))
+    dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
+    outside = 1 - blend_to_wings(np.hypot(dx, dy), sprite_radius)
+    kernels = far_light(optics, dx, dy)
+    for channel in range(3):
+        kernels[..., channel] += outside * point_spread(optics, dx, dy, 1 if optics.gray else channel)
+    light = [cv2.filter2D(points[..., c], -1, cv2.flip(kernels[..., c], -1), borderType=cv2.BORDER_CONSTANT) for c in range(3)]  # fmt: skip
+    return np.stack(light, axis=-1)[margin:-margin, margin:-margin].clip(0)
+
+
+def visible_radius(optics, flux, threshold, limit):
+    """Radius beyond which no part of a star of that flux reaches the threshold, at most limit."""
+    for radius in np.geomspace(12, limit, 16).astype(int):
+        along = optics.spikes["angles"] if optics.spikes else []
+        ring = radius * np.exp(1j * np.concatenate([np.linspace(0, 2 * np.pi, 24), along]))[None]
+        light = point_spread(optics, ring.real, ring.imag, 1) + far_light(optics, ring.real, ring.imag).max(axis=-1)
+        if flux * light.max() < threshold:
+            return int(radius)
+    return int(limit)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Exposure: noise, saturation, stretch
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def midtones_transfer(x, m):
+    """Midtones transfer function (PixInsight's): maps m to 0.5, keeps 0 and 1; its inverse has 1 - m for m."""
+    return (m - 1) * x / ((2 * m - 1) * x - m)
+
+
+def draw_stretch(rng):
+    """(forward, inverse) between linear and display values, 0..1 both; each has about the slope of the MTF at black."""
+    m = np.float32(MIDTONES(rng))
+    kind = pick(rng, STRETCH_SHARES)
+    if kind == "mtf":
+        return (lambda x: midtones_transfer(x, m)), (lambda y: midtones_transfer(y, 1 - m))
+    if kind == "asinh":  # Lupton et al. 2004
+        scale = np.arcsinh(1 / m)
+        return (lambda x: np.arcsinh(x / m) / scale), (lambda y: m * np.sinh(y * scale))
+    scale = np.log1p(1 / m)  # the logarithmic member of the generalised hyperbolic stretches
+    return (lambda x: np.log1p(x / m) / scale), (lambda y: m * np.expm1(y * scale))
+
+
+def noise_layer(rng, linear, sigma, color):
+    """Camera noise for a linear picture, standard deviation sigma at its median; same shape."""
+    shape = linear.shape
+    grain = rng.standard_normal(shape, np.float32)
+    chroma = CHROMA(rng) if color else 0.0
+    grain = np.sqrt(chroma) * grain + np.sqrt(1 - chroma) * rng.standard_normal((*shape[:2], 1), np.float32)
+    if chance(rng, CORRELATION_CHANCE):
+        grain = cv2.GaussianBlur(grain, (0, 0), CORRELATION(rng))
+        grain /= grain[::3, ::3].std()
+    if chance(rng, BANDING_CHANCE):
+        rows = rng.standard_normal((shape[0], 1, 1), np.float32) * np.float32(BANDING(rng))
+        grain = grain + (rows if chance(rng, 0.5) else rows.transpose(1, 0, 2))
+    photon = PHOTON_SHARE(rng)
+    variance = 1 - photon + photon * linear / np.median(linear)
+    layer = sigma * np.sqrt(variance.clip(0.01)) * grain
+    if chance(rng, HOT_PIXEL_CHANCE):
+        count = int(HOT_PIXELS(rng) * shape[0] * shape[1] / 1e6) + 1
+        rows, columns = rng.integers(0, shape[0], count), rng.integers(0, shape[1], count)
+        layer[rows, columns, rng.integers(0, 3, count)] += sigma * rng.uniform(10, 60, count)
+    return layer.astype(np.float32)
+
+
+def own_noise(rng, light, sigma, linear_sky):
+    """The stars' own photon noise: their light counted in photons whose shot noise at the sky's level is sigma."""
+    electron = sigma**2 / max(linear_sky, 1e-6)  # linear units per photon
+    counted = apply_poisson_noise(light.clip(0, 4) / electron, seed=int(rng.integers(2**31)))
+    return np.where(light < 4, counted * electron, light).astype(np.float32)
+
+
+def expose(rng, sky, color):
+    """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table."""
+    shape = sky.shape[:2]
+    optics = draw_optics(rng, color)
+    forward, inverse = draw_stretch(rng)
+    linear = inverse(sky.clip(0.002, 0.999)).astype(np.float32)
+    median = float(np.median(linear))
+    level = float(forward(np.float32(median)))
+    gain = float((forward(np.float32(median * 1.01 + 1e-6)) - level) / (median * 0.01 + 1e-6))  # slope at the sky
+    screen = chance(rng, SCREEN_CHANCE)
+    area = 1 / Sprites(optics, (0.0, 0.0)).peak  # flux over peak
+
+    def visible_flux(height):
+        if screen:
+            return area * float(inverse(np.float32(min(height, 0.98))))
+        return area * max(float(inverse(np.float32(min(level + height, 0.98)))) - median, 1e-6)
+
+    stars = draw_stars(rng, shape, optics, visible_flux)
+    colors = star_colors(rng, stars["temperature"].data, color)
+    darkest = float(inverse(np.float32(np.percentile(sky[::4, ::4], 2)).clip(0.002)))
+    base = 0.0 if screen else darkest
+    threshold = 0.5 * float(inverse(forward(np.float32(base)) + np.float32(HALF_LEVEL)) - base)
+    light = render(stars, colors, optics, shape, threshold)
+
+    sigma = NOISE(rng) / gain
+    noise = noise_layer(rng, linear, sigma, color)
+    if chance(rng, GLOW_CHANCE) and sigma / gain > 1e-7:
+        light = own_noise(rng, light, sigma, median)
+    dark = forward((linear + noise).clip(0, 1))
+    if screen:
+        return 1 - (1 - dark) * (1 - forward(light.clip(0, 1))), dark, stars
+    return forward((linear + noise + light).clip(0, 1)), dark, stars
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processing applied to both pictures alike
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def draw_processing(rng, size, color):
+    """A function from image to image, the same for both pictures, that ends at (size, size)."""
+    steps = []
+    if chance(rng, DENOISE_CHANCE):
+        share, sigma = np.float32(DENOISE(rng)), rng.uniform(0.03, 0.12)
+        steps.append(lambda im: im + share * (cv2.bilateralFilter(im, 5, sigma, 2) - im))
+    if chance(rng, SHARPEN_CHANCE):
+        amount, radius = np.float32(SHARPEN_AMOUNT(rng)), SHARPEN_RADIUS(rng)
+        steps.append(lambda im: im + amount * (im - cv2.GaussianBlur(im, (0, 0), radius)))
+    if chance(rng, CONTRAST_CHANCE):
+        strength, wide = np.float32(CONTRAST(rng)), rng.uniform(8, 20)
+        steps.append(lambda im: im + strength * (im - cv2.GaussianBlur(im, (0, 0), wide)))
+    if color and chance(rng, VIBRANCE_CHANCE):
+        vibrance = np.float32(VIBRANCE(rng))
+        steps.append(lambda im: im.mean(-1, keepdims=True) * (1 - vibrance) + vibrance * im)
+    method = int(rng.choice([cv2.INTER_AREA, cv2.INTER_LANCZOS4, cv2.INTER_CUBIC]))
+    steps.append(lambda im: im if im.shape[0] == size else cv2.resize(im, (size, size), interpolation=method))
+    if chance(rng, JPEG_CHANCE):
+        quality = int(JPEG_QUALITY(rng))
+        steps.append(lambda im: jpeg_round_trip(im, quality))
+
+    def process(image):
+        for step in steps:
+            image = np.ascontiguousarray(step(image).clip(0, 1), np.float32)
+        return image
+
+    return process
+
+
+def jpeg_round_trip(image, quality):
+    """What JPEG leaves of an image."""
+    _, data = cv2.imencode(".jpg", (image * 255 + 0.5).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(data, cv2.IMREAD_COLOR).astype(np.float32) / 255
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One pair from one index
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_pair(index, settings, photographs):
+    """(starry, starless, stars, background's name) of pair `index`: images of shape (size, size, 3 or 1).
+
+    Where the stars add less than half a grey level, the two images are equal.
+    """
+    rng = np.random.default_rng([settings.seed, index])
+    color = settings.color and not chance(rng, MONO_CHANCE)
+    scale = RESIZE(rng) if chance(rng, RESIZE_CHANCE) else 1.0
+    size = int(round(settings.size / scale))
+    sky, name = background(rng, size, FWHM(rng), photographs, settings.painted)
+    if not color:
+        sky = np.repeat((sky @ np.array([0.299, 0.587, 0.114], np.float32))[..., None], 3, axis=2)
+    starry, starless, stars = expose(rng, sky, color)
+    process = draw_processing(rng, settings.size, color)
+    starry, starless = process(starry.astype(np.float32)), process(starless.astype(np.float32))
+    starry = np.where(np.abs(starry - starless) < HALF_LEVEL, starless, starry)
+    for column in ("x", "y"):  # pixel centres of the reduced picture
+        stars[column] = (stars[column] + 0.5) * settings.size / size - 0.5
+    stars["fwhm"] *= settings.size / size
+    inside = (stars["x"] > -0.5) & (stars["x"] < settings.size - 0.5) & (stars["y"] > -0.5) & (stars["y"] < settings.size - 0.5)  # fmt: skip
+    keep = slice(None) if settings.color else slice(0, 1)
+    return starry[..., keep], starless[..., keep], stars[inside], name
+
+
+def write_png(path, image, depth):
+    """Write an image as PNG of 8 or 16 bits: to a temporary file, then renamed, so that no half file is ever seen."""
+    levels = 2**depth - 1
+    pixels = (image.astype(np.float64) * levels + 0.5).astype(np.uint8 if depth == 8 else np.uint16)
+    _, data = cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))
+    write_bytes(path, data.tobytes())
+
+
+def write_bytes(path, data):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def pair_paths(folder, index):
+    return Path(folder) / f"x{index}.png", Path(folder) / f"y{index}.png"
+
+
+def save_pair(job):
+    """Make and write one pair in a worker process; returns None, or a line that says why it failed."""
+    index, settings, photographs = job
+    cv2.setNumThreads(1)  # the processes are the parallelism
+    try:
+        starry, starless, stars, name = make_pair(index, settings, photographs)
+        path_x, path_y = pair_paths(settings.save_dir, index)
+        if settings.catalog:
+            catalog = path_x.with_name(f"stars{index}.ecsv")
+            temporary = catalog.with_name(f".{catalog.stem}.{os.getpid()}.ecsv")
+            stars.meta["background"] = name
+            stars.write(temporary, format="ascii.ecsv", overwrite=True)
+            os.replace(temporary, catalog)
+        write_png(path_y, starless, settings.depth)
+        write_png(path_x, starry, settings.depth)
+    except Exception as error:  # one bad photograph must not end a long run; the exit status tells
+        return f"pair {index} (seed {settings.seed}): {type(error).__name__}: {error}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The pool and the command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_preview(settings, indices):
+    """Contact sheet preview.png in the folder of the pairs: starry above starless, at most 6 in a row."""
+    rows = []
+    for start in range(0, len(indices), 6):
+        pairs = [[cv2.imread(str(p), cv2.IMREAD_COLOR) for p in pair_paths(settings.save_dir, i)] for i in indices[start : start + 6]]  # fmt: skip
+        pairs = [np.vstack(pair) for pair in pairs if pair[0] is not None and pair[1] is not None]
+        if pairs:
+            rows.append(np.hstack(pairs))
+    if rows:
+        width = max(row.shape[1] for row in rows)
+        sheet = np.vstack([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
+        _, data = cv2.imencode(".png", sheet)
+        write_bytes(Path(settings.save_dir) / "preview.png", data.tobytes())
+
+
+def generate(settings):
+    """Make the pairs that settings ask for; returns the number of those that failed."""
+    photographs = find_photographs(settings.backgrounds)
+    folder = Path(settings.save_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be made a folder ({error.strerror})") from None
+    indices = list(range(settings.start, settings.start + settings.imcount))
+    missing = [i for i in indices if settings.overwrite or not all(p.exists() for p in pair_paths(folder, i))]
+    if len(missing) < len(indices):
+        print(f"{folder}: {len(indices) - len(missing)} of {len(indices)} pairs are there and kept (--overwrite: anew)")
+    failed = 0
+    context = multiprocessing.get_context("spawn")  # the same on all systems, and no forked threads
+    with concurrent.futures.ProcessPoolExecutor(settings.cpus or os.cpu_count(), context) as pool:
+        waiting, jobs = set(), ((i, settings, photographs) for i in missing)
+        with tqdm(total=len(missing), unit="pair", desc=str(folder)) as bar:
+            while True:
+                waiting |= {pool.submit(save_pair, job) for job in itertools.islice(jobs, 64 - len(waiting))}
+                if not waiting:
+                    break
+                done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                for message in (future.result() for future in done):
+                    bar.update()
+                    if message:
+                        failed += 1
+                        bar.write(message, file=sys.stderr)
+    if settings.preview_pairs:
+        write_preview(settings, indices[: settings.preview_pairs])
+    return failed
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for field in dataclasses.fields(Settings):
+        options = {"default": field.default, "help": field.metadata["help"]}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(field.default, tuple):
+            options |= {"nargs": "+", "metavar": "DIR"}
+        else:
+            options["type"] = field.type
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    values = vars(parser.parse_args(arguments))
+    settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    if settings.depth not in (8, 16):
+        parser.error("--depth must be 8 or 16")
+    if not 0 <= settings.painted <= 1:
+        parser.error("--painted must lie between 0 and 1")
+    for name, least in dict(imcount=1, start=0, cpus=0, size=32, preview_pairs=0, seed=0).items():
+        if getattr(settings, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    return settings
+
+
+def main(arguments=None):
+    settings = parse_arguments(arguments)
+    try:
+        failed = generate(settings)
+    except BadInput as error:
+        sys.exit(f"GenerateStars.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("GenerateStars.py: interrupted; the pairs made so far are kept, the same command goes on from there")
+    if failed:
+        sys.exit(f"GenerateStars.py: {failed} of {settings.imcount} pairs failed")
+
+
+if __name__ == "__main__":
+    main()

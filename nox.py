@@ -1,0 +1,1086 @@
+"""nox.py: remove the stars from astrophotographs with a neural network, and train that network.
+
+    python nox.py infer image.png    writes starry.png (a copy) and starless.png into the current folder
+    python nox.py infer              tries the weights on a random pair of "nox data"
+    python nox.py train              trains on "nox data", which GenerateStars.py makes; resumes when repeated
+
+Convention: an image is float32 RGB (or gray), shape (height, width, channels), 0..1; lengths are pixels. OpenCV's BGR
+and integer depths exist only in read_picture and encode_picture; the networks' -1..1 only inside the networks.
+
+The encoder-decoder, trained with an adversary and feature matching, is StarNet's (Nikita Misiura, MIT licence); layer
+normalization in it and training on synthetic stars are the original nox's (Christopher Harvey, MIT licence).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings: one field a line; the command line is derived from them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def setting(default, text, **options):
+    """A dataclass field with its default and the reason or meaning that --help shows."""
+    return dataclasses.field(default=default, metadata={"help": text, **options})
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a generator is built from; it travels inside the weights file."""
+
+    network: str = setting(
+        "nox", "nox: residual blocks at every level; starnet: the original's", choices=("nox", "starnet")
+    )
+    width: int = setting(32, "channels of the first level; the original's network has 64")
+    levels: int = setting(0, "times the resolution is halved; 0: 5 for nox, 8 for starnet")
+    n_channels: int = setting(3, "3 trains the colour network, 1 the grayscale one", choices=(1, 3))
+
+    def __post_init__(self):
+        if not self.levels:
+            object.__setattr__(self, "levels", {"nox": 5, "starnet": 8}[self.network])
+
+    @property
+    def weights_name(self):
+        return weights_name(self.n_channels)
+
+    @property
+    def multiple(self):
+        """Heights and widths that the network takes are multiples of this."""
+        return 2**self.levels
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    data: str = setting("nox data", "folder of pairs x*.png (starry) and y*.png (star-free)")
+    epochs: int = setting(100, "passes over the pairs in all; a finished run goes on when it is raised")
+    patch_size: int = setting(256, "side of the random crops: wide enough for the halo of a bright star")
+    crops: int = setting(2, "crops of each pair in an epoch: decoding a PNG costs as much as a small crop")
+    batch_size: int = setting(4, "crops a step: small ones learn more from the same pictures on a CPU")
+    lr: float = setting(4e-4, "learning rate of the generator; the discriminator's is a quarter of it")
+    warmup: int = setting(200, "steps over which the learning rate rises from nothing")
+    l1_weight: float = setting(1.0, "weight of the mean absolute error")
+    star_weight: float = setting(5.0, "how much more star pixels count in it, faint ones the most")
+    adversarial_from: int = setting(80, "epoch that brings in the discriminator; before, it costs nothing")
+    adversarial_weight: float = setting(0.0005, "weight of fooling the discriminator")
+    feature_weight: float = setting(0.02, "weight of matching the discriminator's features")
+    vgg_weight: float = setting(
+        0.0, "weight of matching VGG19's features; 0: off, it needs a download or --vgg-weights"
+    )
+    vgg_weights: str = setting("imagenet", "file of VGG19 weights without top, or imagenet: downloaded by Keras")
+    ema: float = setting(0.9999, "smoothing of the reported loss and PSNR, per step")
+    weight_ema: float = setting(0.999, "averaging of the weights that are saved, per step; the average is less noisy")
+    patience: int = setting(8, "epochs without a better smoothed loss before the learning rate is halved")
+    cooldown: int = setting(4, "epochs to wait after that")
+    validation: bool = setting(True, "hold back a fifth of the pairs to judge by")
+    save_freq: int = setting(1, "epochs between saved weights, plots and sample pictures")
+    seed: int = setting(0, "seed of crops, order and split")
+    workers: int = setting(2, "threads that read and augment pairs while the network runs")
+    precision: str = setting(
+        "float32", "bfloat16 is faster on GPUs and on CPUs with AMX", choices=("float32", "bfloat16")
+    )
+    weights: str = setting("", "weights file to start from; colour weights can start the grayscale network")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    patch_size: int = setting(1024, "side of a tile: few tiles, little overlap")
+    stride: int = setting(896, "step between tiles; they overlap, feathered, by the difference")
+    batch_size: int = setting(1, "tiles at once; more helps GPUs only")
+    n_channels: int = setting(0, "1 converts a colour picture to gray first; 0 leaves it as it is", choices=(0, 1, 3))
+    weights: str = setting("", "weights file; by default generator_color.h5 or generator_grayscale.h5 beside nox.py")
+    data: str = setting("nox data", "folder of pairs for a call without a picture")
+
+
+class BadInput(Exception):
+    """A user's mistake, told in one line."""
+
+
+def weights_name(n_channels):
+    return "generator_color.h5" if n_channels == 3 else "generator_grayscale.h5"
+
+
+def add_settings(parser, *classes):
+    for field in (field for cls in classes for field in dataclasses.fields(cls)):
+        options = {"default": field.default, **field.metadata}
+        options |= {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(prog="nox.py", description="Remove the stars from astrophotographs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    infer = commands.add_parser("infer", help="remove the stars from a picture", formatter_class=form)
+    infer.add_argument("image", nargs="?", help="PNG, TIFF or JPEG; without one, a random pair of the data")
+    infer.add_argument("-o", "--output", metavar="FILE", help="the starless picture; then no copy of the input is made")
+    infer.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    add_settings(infer, Inference)
+    train = commands.add_parser("train", help="train the network on pairs", formatter_class=form)
+    add_settings(train, Architecture, Training)
+    values = parser.parse_args(arguments)
+    check_arguments(commands.choices[values.command], values)
+    return values
+
+
+def check_arguments(parser, values):
+    """End with one line for a number out of range."""
+    at_least = dict(patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, crops=1, save_freq=1, workers=1)
+    at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0)
+    at_least |= {name: 0 for name in ("l1_weight", "star_weight", "adversarial_weight", "feature_weight", "vgg_weight")}
+    for name, least in at_least.items():
+        if getattr(values, name, least) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 <= getattr(values, "ema", 0) < 1 or not 0 <= getattr(values, "weight_ema", 0) < 1:
+        parser.error("--ema and --weight-ema must lie in 0..1, below 1")
+    if getattr(values, "lr", 1) <= 0:
+        parser.error("--lr must be above 0")
+    if values.command == "infer" and values.stride > values.patch_size:
+        parser.error("--stride must not exceed --patch-size, or tiles would leave gaps")
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # answers --help and mistakes before Keras takes its seconds to load
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's notes on the machine are no concern of the user
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default on CPUs without AVX-512; 1.5 times faster there
+
+import cv2  # noqa: E402
+import h5py  # noqa: E402
+import keras  # noqa: E402
+import matplotlib.figure  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+from keras import layers, ops  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images: read, write
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Picture:
+    """A picture as its file holds it: pixels of shape (height, width, 1 or 3) in RGB and their alpha, or None."""
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None
+
+    @property
+    def white(self):
+        """The value that stands for 1: an integer's largest; of float pixels 1, or the brightest if above 1."""
+        if self.pixels.dtype.kind in "ui":
+            return float(np.iinfo(self.pixels.dtype).max)
+        finite = self.pixels[np.isfinite(self.pixels)]
+        return max(1.0, float(finite.max(initial=1)))
+
+    def image(self):
+        """The picture as an image."""
+        return (np.nan_to_num(self.pixels, posinf=0, neginf=0) / self.white).astype(np.float32).clip(0, 1)
+
+    def without(self, light):
+        """The picture less the light taken away (an image), in its own depth; where that is 0, the very same bits."""
+        taken = light.astype(np.float64) * self.white
+        if self.pixels.dtype.kind in "ui":
+            rest = (self.pixels.astype(np.int64) - np.rint(taken).astype(np.int64)).clip(0, int(self.white))
+        else:
+            rest = np.where(light != 0, self.pixels - taken, self.pixels)
+        return Picture(rest.astype(self.pixels.dtype), self.alpha)
+
+    def gray(self):
+        """The luminance (ITU-R BT.601) of a colour picture, as a picture of one channel."""
+        if self.pixels.shape[2] == 1:
+            return self
+        luminance = self.pixels.astype(np.float64) @ np.array([[0.299], [0.587], [0.114]])
+        luminance = np.rint(luminance) if self.pixels.dtype.kind in "ui" else luminance
+        return Picture(luminance.astype(self.pixels.dtype), self.alpha)
+
+
+def read_picture(path):
+    """The picture in a PNG, TIFF or JPEG file; raises BadInput with the file's name and the reason."""
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder, not a picture")
+    try:
+        data = np.fromfile(path, np.uint8)  # cv2.imread cannot open non-ASCII names on Windows
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    if not data.size:
+        raise BadInput(f"{path}: the file is empty")
+    try:
+        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        raise BadInput(f"{path}: not a picture that can be read (PNG, TIFF or JPEG)")
+    if pixels.dtype.kind not in "uif":
+        raise BadInput(f"{path}: pixels of type {pixels.dtype} are not supported")
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    channels = pixels.shape[2]
+    alpha = pixels[..., -1] if channels in (2, 4) else None
+    color = pixels[..., :1] if channels < 3 else pixels[..., 2::-1]
+    return Picture(np.ascontiguousarray(color), alpha)
+
+
+def encode_picture(picture, extension):
+    """The bytes of a file of that extension; raises BadInput when it cannot hold the picture."""
+    pixels = picture.pixels[..., ::-1]
+    if picture.alpha is not None:
+        if pixels.shape[2] == 1:  # OpenCV writes alpha beside three channels only; its gray PNG reads back as such
+            pixels = np.repeat(pixels, 3, axis=2)
+        pixels = np.dstack([pixels, picture.alpha])
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    if extension in (".png", ".jpg", ".jpeg", ".bmp") and pixels.dtype not in (np.uint8, np.uint16):
+        raise BadInput(f"a {extension} file cannot hold {pixels.dtype} pixels; name a .tif file with -o")
+    if extension in (".jpg", ".jpeg", ".bmp") and (pixels.dtype != np.uint8 or pixels.shape[2] == 4):
+        raise BadInput(f"a {extension} file cannot hold 16 bits or alpha; name a .png or .tif file with -o")
+    try:
+        done, data = cv2.imencode(extension, np.ascontiguousarray(pixels), quality if "jp" in extension else [])
+    except cv2.error:
+        done = False
+    if not done:
+        raise BadInput(f"a picture cannot be written as {extension}; name a .png, .tif or .jpg file with -o")
+    return data.tobytes()
+
+
+def write_bytes(path, data):
+    """Write to a temporary file, then rename: nobody ever sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_image(path, image):
+    """Write an image as an 8-bit file."""
+    pixels = np.rint(np.asarray(image).clip(0, 1) * 255).astype(np.uint8)
+    write_bytes(path, encode_picture(Picture(pixels, None), Path(path).suffix))
+
+
+def psnr(image, truth):
+    """Peak signal-to-noise ratio of two images in dB, at most 100."""
+    return float(-10 * np.log10(max(np.mean(np.square(image - truth, dtype=np.float64)), 1e-10)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pairs: find, split, augment
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def find_pairs(folder):
+    """[(starry path, star-free path)] of a folder's x*.png and y*.png in the order of their numbers.
+
+    Raises BadInput for a folder that is missing or empty and for an x or y without its partner.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder of pairs; python GenerateStars.py makes one")
+    found = {letter: {f.stem[1:]: f for f in folder.glob(f"{letter}*.png")} for letter in "xy"}
+    for letter, other in ("xy", "yx"):
+        for stem in sorted(found[letter].keys() - found[other].keys()):
+            raise BadInput(f"{found[letter][stem]}: its partner {other}{stem}.png is missing")
+    if not found["x"]:
+        raise BadInput(f"{folder}: no pairs x*.png, y*.png in it; python GenerateStars.py makes them")
+    order = sorted(found["x"], key=lambda stem: (int(stem) if stem.isdigit() else sys.maxsize, stem))
+    return [(found["x"][stem], found["y"][stem]) for stem in order]
+
+
+def split_pairs(pairs, validation, seed):
+    """(training, validation) pairs: a fifth is held back, the same for the same seed; none without validation."""
+    if not validation:
+        return pairs, []
+    if len(pairs) < 2:
+        raise BadInput("validation needs two pairs at least; give more, or --no-validation")
+    shuffled = random.Random(seed).sample(pairs, len(pairs))
+    held = max(1, len(pairs) // 5)
+    return shuffled[held:], shuffled[:held]
+
+
+def read_pair(paths, n_channels):
+    """Both pictures of a pair as arrays of the file's type, shape (height, width, n_channels).
+
+    A colour pair read for one channel keeps all three, of which a crop takes one.
+    """
+    pair = [read_picture(path).pixels for path in paths]
+    if pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
+        raise BadInput(f"{paths[0]} and {paths[1]}: not of the same size, channels and depth")
+    return [np.repeat(p, 3, axis=2) if n_channels == 3 and p.shape[2] == 1 else p for p in pair]
+
+
+def to_unit(pixels):
+    return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+
+
+class Pairs(keras.utils.PyDataset):
+    """Batches (starry, star-free) of float32 crops, shape (batch, size, size, n_channels), 0..1.
+
+    Every pair is read once an epoch. Training crops are random and augmented; validation crops are the centres.
+    """
+
+    def __init__(self, pairs, settings, n_channels, augment):
+        super().__init__(workers=settings.workers, max_queue_size=8)
+        self.pairs, self.settings, self.n_channels, self.augment = pairs, settings, n_channels, augment
+        self.crops = settings.crops if augment else 1
+        self.epoch = 0  # set by the callback Progress; with the seed it fixes order and crops
+
+    def __len__(self):
+        return -(-len(self.pairs) * self.crops // self.settings.batch_size)
+
+    def __getitem__(self, index):
+        jobs = list(range(len(self.pairs) * self.crops))
+        if self.augment:  # whole pairs are shuffled, so that the crops of one stand together and it is read once
+            order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.pairs))
+            jobs = [pair for pair in order for _ in range(self.crops)]
+        jobs = jobs[index * self.settings.batch_size : (index + 1) * self.settings.batch_size]
+        rng = np.random.default_rng([self.settings.seed, self.epoch, index])
+        read = {job: read_pair(self.pairs[job], self.n_channels) for job in dict.fromkeys(jobs)}
+        crops = [self.crop(rng, self.pairs[job], *read[job]) for job in jobs]
+        starry, starless = (np.stack(images) for images in zip(*crops))
+        return augmented(rng, starry, starless) if self.augment else (starry, starless)
+
+    def crop(self, rng, paths, starry, starless):
+        size, (height, width) = self.settings.patch_size, starry.shape[:2]
+        if height < size or width < size:
+            raise BadInput(f"{paths[0]}: {width}x{height} pixels are less than the patch size {size}; see --patch-size")
+        room = height - size, width - size
+        top, left = (rng.integers(r + 1) for r in room) if self.augment else (r // 2 for r in room)
+        channel = slice(None)
+        if self.n_channels == 1 and starry.shape[2] == 3:
+            channel = [int(rng.integers(3)) if self.augment else 1]
+        window = np.s_[top : top + size, left : left + size, channel]
+        pair = to_unit(starry[window]), to_unit(starless[window])
+        if not self.augment:
+            return pair
+        turns, flip = rng.integers(4), rng.integers(2)
+        return [np.rot90(im[:, ::-1] if flip else im, turns) for im in pair]
+
+
+RECOMBINED = 0.2  # share of crops that get another crop's stars
+DIMMED = 0.3  # share of crops that are dimmed or lifted
+
+
+def augmented(rng, starry, starless):
+    """The batch with channels permuted, some crops under another crop's stars, some dimmed or lifted."""
+    starry, starless = starry.copy(), starless.copy()
+    light = 1 - (1 - starry) / np.maximum(1 - starless, 1 / 255)  # the stars as a screen-blended layer
+    for i in range(len(starry)):
+        order = rng.permutation(starry.shape[-1])
+        starry[i], starless[i] = starry[i][..., order], starless[i][..., order]
+        if rng.random() < RECOMBINED:
+            other = light[rng.integers(len(starry))]
+            starry[i] = np.where(other != 0, 1 - (1 - starless[i]) * (1 - other.clip(0, 1)), starless[i])
+        if rng.random() < DIMMED:
+            gain = rng.uniform(0.5, 1.0)
+            lift = rng.uniform(0, 1 - gain) * rng.integers(2)
+            starry[i], starless[i] = gain * starry[i] + lift, gain * starless[i] + lift
+    return starry, starless
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def build_generator(architecture):
+    """The generator: images (batch, height, width, n_channels) to the same without stars, any multiple of 2^levels."""
+    build = {"nox": build_nox, "starnet": build_starnet}[architecture.network]
+    return build(architecture.width, architecture.levels, architecture.n_channels)
+
+
+def build_starnet(width, levels, n_channels):
+    """StarNet's encoder-decoder with layer normalization; at width 64 and 8 levels that of the original nox.
+
+    Stride-2 convolutions 4x4, skip connections, and a residual that can only take light away.
+    """
+    filters = [width * min(2**level, 8) for level in range(levels)]
+    initial = keras.initializers.RandomNormal(0, 0.02)
+    options = dict(kernel_size=4, strides=2, padding="same", kernel_initializer=initial)
+    starry = keras.Input((None, None, n_channels), name="starry")
+    x = scaled = layers.Rescaling(2, -1)(starry)
+    skips = []
+    for level in range(levels):
+        x = layers.LeakyReLU(negative_slope=0.2)(x) if level else x
+        x = layers.Conv2D(filters[level], **options)(x)  # (batch, height / 2^(level+1), ..., filters[level])
+        x = layers.LayerNormalization()(x) if level else x
+        skips.append(x)
+    skips.pop()
+    for skip in reversed(skips):
+        x = layers.Conv2DTranspose(skip.shape[-1], **options)(layers.ReLU()(x))
+        x = layers.LayerNormalization()(x)
+        x = layers.Concatenate()([x, skip])
+    light = layers.Conv2DTranspose(n_channels, **options)(layers.ReLU()(x))
+    starless = layers.Subtract()([scaled, layers.ReLU()(light)])
+    return keras.Model(starry, layers.Rescaling(0.5, 0.5)(starless), name="generator")
+
+
+class Gate(layers.Layer):
+    """starless = starry - gate * (starry - fill), from (starry, logits of the gate, fill).
+
+    A gate of 0 leaves the very bits of a pixel, a gate of 1 puts the fill in its place: a saturated core is painted
+    from its surroundings, a dark ring is lifted. The sigmoid is lowered so that it reaches 0; the gradient passes
+    there all the same, or a star once missed would be missed for ever.
+    """
+
+    FLOOR = 0.02
+
+    def call(self, inputs):
+        starry, logits, fill = inputs
+        gate = (ops.sigmoid(logits) - self.FLOOR) / (1 - self.FLOOR)
+        gate = gate + ops.stop_gradient(ops.relu(gate) - gate)
+        return starry - gate * (starry - fill)
+
+
+def residual_block(x):
+    """x + conv(relu(conv(x))), 3x3; starts as the identity."""
+    channels = x.shape[-1]
+    y = layers.Conv2D(channels, 3, padding="same", activation="relu", kernel_initializer="he_normal")(x)
+    return layers.Add()([x, layers.Conv2D(channels, 3, padding="same", kernel_initializer="zeros")(y)])
+
+
+def build_nox(width, levels, n_channels):
+    """StarNet's encoder-decoder with a residual block at each level, half resolution on, and a gated fill.
+
+    Most stars are 2 to 4 pixels wide: what finds them must convolve at high resolution, where StarNet has but one
+    layer on the way down and one on the way up. Skip connections add; channels grow by width a level up to 6 widths.
+    """
+    filters = [width * min(level + 1, 6) for level in range(levels)]
+    starry = keras.Input((None, None, n_channels), name="starry")
+    x = layers.Rescaling(2, -1)(starry)
+    skips = []
+    for level, count in enumerate(filters):
+        kernel = 2 if level else 4
+        x = layers.Conv2D(count, kernel, 2, padding="same", kernel_initializer="he_normal")(x)
+        x = residual_block(x)  # (batch, height / 2^(level+1), ..., width * (level+1))
+        skips.append(x)
+    x = residual_block(skips.pop())
+    for skip in reversed(skips):
+        x = layers.Conv2DTranspose(skip.shape[-1], 2, 2, kernel_initializer="he_normal")(x)
+        x = residual_block(layers.Add()([x, skip]))
+    small = keras.initializers.RandomNormal(0, 0.01)
+    logits, fill = (layers.Conv2DTranspose(n_channels, 4, 2, padding="same", kernel_initializer=small, bias_initializer=keras.initializers.Constant(bias), name=name)(layers.ReLU()(x)) for name, bias in (("gate_logits", -2), ("fill", -0.6)))  # fmt: skip
+    return keras.Model(starry, Gate()([starry, logits, layers.Rescaling(0.5, 0.5)(fill)]), name="generator")
+
+
+def build_discriminator(n_channels, width=32):
+    """Patch discriminator: images to [features of each level ..., logits of being a true star-free picture]."""
+    image = keras.Input((None, None, n_channels), name="image")
+    x, features = layers.Rescaling(2, -1)(image), []
+    for level in range(4):
+        x = layers.Conv2D(width * 2**level, 4, 2, padding="same", kernel_initializer="he_normal")(x)
+        x = layers.LayerNormalization()(x) if level else x
+        x = layers.LeakyReLU(negative_slope=0.2)(x)  # (batch, height / 2^(level+1), ..., width * 2^level)
+        features.append(x)
+    return keras.Model(image, [*features, layers.Conv2D(1, 3, padding="same")(x)], name="discriminator")
+
+
+def build_vgg(weights, n_channels):
+    """Frozen features of VGG19 (block 3, before pooling) of images; weights: a file without top, or "imagenet"."""
+    try:
+        vgg = keras.applications.VGG19(include_top=False, weights=weights)
+    except Exception as error:  # no network, no such file, or a foreign one: Keras raises various types
+        reason = str(error).splitlines()[0][:120]
+        raise BadInput(f"VGG19 weights {weights!r}: {reason}; give --vgg-weights FILE, or --vgg-weight 0") from None
+    image = keras.Input((None, None, n_channels))
+    rgb = image if n_channels == 3 else ops.repeat(image, 3, axis=-1)
+    caffe = ops.flip(rgb, axis=-1) * 255 - ops.convert_to_tensor([103.939, 116.779, 123.68])
+    body = keras.Model(vgg.input, vgg.get_layer("block3_conv4").output)
+    model = keras.Model(image, body(caffe), name="vgg")
+    model.trainable = False
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Losses and the model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def frozen(network, x):
+    """The network's output with gradients that reach x, but not the network's own weights."""
+    fixed = [ops.stop_gradient(variable) for variable in network.trainable_variables]
+    return network.stateless_call(fixed, network.non_trainable_variables, x)[0]
+
+
+def star_weighted_l1(starry, truth, starless, star_weight):
+    """Mean absolute error in which a star's pixels weigh more, those of faint light the most.
+
+    light: how much the stars add; 0.02 of it makes a full star pixel; the quotient makes faint light weigh 3 times
+    light of half the range. Pixels without stars weigh 1 and hold the background where it is.
+    """
+    light = ops.max(ops.abs(starry - truth), axis=-1, keepdims=True)
+    weight = 1 + star_weight * ops.clip(light / 0.02, 0, 1) * 0.3 / (0.1 + light)
+    return ops.mean(weight * ops.abs(starless - truth))
+
+
+def cross_entropy(logits, real):
+    """Binary cross-entropy of logits against all real or all fake."""
+    return ops.mean(ops.softplus(-logits if real else logits))
+
+
+class Nox(keras.Model):
+    """Generator and discriminator with every term of the loss in compute_loss, for training and validation alike."""
+
+    TERMS = ("generator", "l1", "features", "adversarial", "discriminator", "vgg", "psnr")
+
+    def __init__(self, architecture, settings):
+        super().__init__(name="nox")
+        self.settings = settings
+        self.generator = build_generator(architecture)
+        self.discriminator = build_discriminator(architecture.n_channels)
+        self.vgg = build_vgg(settings.vgg_weights, architecture.n_channels) if settings.vgg_weight else None
+        self.adversarial = False  # whether the discriminator has come in
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in self.TERMS}
+        self.build((None, None, None, architecture.n_channels))
+
+    def build(self, input_shape):
+        self.built = True  # the networks come built
+
+    def call(self, starry, training=None):
+        return self.generator(starry, training=training)
+
+    @property
+    def metrics(self):
+        idle = () if self.adversarial else ("features", "adversarial", "discriminator")
+        idle += () if self.vgg else ("vgg",)
+        return [tracker for name, tracker in self.trackers.items() if name not in idle]
+
+    def losses_of(self, starry, truth, starless):
+        """Each term by name, unweighted."""
+        terms = {"l1": star_weighted_l1(starry, truth, starless, self.settings.star_weight)}
+        if self.adversarial:
+            *fake, fake_logits = frozen(self.discriminator, starless)
+            *real, _ = frozen(self.discriminator, truth)
+            terms["features"] = sum(ops.mean(ops.abs(f - r)) for f, r in zip(fake, real))
+            terms["adversarial"] = cross_entropy(fake_logits, True)
+            seen_fake, seen_real = self.discriminator(ops.stop_gradient(starless))[-1], self.discriminator(truth)[-1]
+            terms["discriminator"] = (cross_entropy(seen_fake, False) + cross_entropy(seen_real, True)) / 2
+        if self.vgg:
+            terms["vgg"] = ops.mean(ops.abs(self.vgg(starless) - self.vgg(truth)))
+        return terms
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The scalar both networks descend; each sees only its own part of it (see frozen)."""
+        s, terms = self.settings, self.losses_of(x, y, ops.cast(y_pred, "float32"))
+        weights = {
+            "l1": s.l1_weight,
+            "features": s.feature_weight,
+            "adversarial": s.adversarial_weight,
+            "vgg": s.vgg_weight,
+        }
+        generator = sum(weights[name] * value for name, value in terms.items() if name in weights)
+        error = ops.mean(ops.square(ops.cast(y_pred, "float32") - y), axis=(1, 2, 3))
+        terms |= {"generator": generator, "psnr": ops.mean(-10 * ops.log10(ops.maximum(error, 1e-10)))}
+        for name, value in terms.items():
+            self.trackers[name].update_state(value)
+        if self.adversarial:
+            return generator + terms["discriminator"]
+        # every weight needs a gradient, if only of zero, on all backends
+        return generator + 0.0 * sum(ops.sum(v) for v in self.discriminator.trainable_variables)
+
+
+class TwoRateAdam(keras.optimizers.Adam):
+    """Adam with a warm-up, whose learning rate for the discriminator is a quarter of the generator's."""
+
+    def __init__(self, slow=(), warmup=0, **options):
+        super().__init__(**options)
+        self.slow, self.warmup = {id(v) for v in slow}, warmup
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self.warmup:
+            learning_rate = learning_rate * ops.minimum(1.0, (ops.cast(self.iterations, "float32") + 1) / self.warmup)
+        super().update_step(gradient, variable, learning_rate / 4 if id(variable) in self.slow else learning_rate)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights: one file format for ours, the original's read as well
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def save_weights(generator, architecture, path, run=""):
+    """Write a generator's weights as float16 (half the size, 79 dB from float32) with what it is built from."""
+    with tempfile.TemporaryDirectory() as folder:
+        full, half = Path(folder) / "full.weights.h5", Path(folder) / "half.h5"
+        generator.save_weights(full)
+        with h5py.File(full) as source, h5py.File(half, "w") as target:
+
+            def convert(name, item):
+                if isinstance(item, h5py.Dataset):
+                    target[name] = item[()].astype(np.float16) if item.dtype.kind == "f" else item[()]
+                else:
+                    target.require_group(name).attrs.update(item.attrs)
+
+            source.visititems(convert)
+            target.attrs.update(source.attrs)
+            target.attrs["nox"] = json.dumps({**dataclasses.asdict(architecture), "run": run})
+        write_bytes(path, half.read_bytes())
+
+
+def inspect_weights(path):
+    """(architecture, run that wrote it) of a weights file, ours or the original's legacy one; raises BadInput."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such weights file")
+    try:
+        with h5py.File(path) as file:
+            if "nox" in file.attrs:
+                values = json.loads(file.attrs["nox"])
+                run = values.pop("run", "")
+                return Architecture(**values), run
+            kernels = []
+            file.visititems(lambda name, item: kernels.append(item.shape) if getattr(item, "ndim", 0) == 4 else None)
+            if "layer_names" in file.attrs or "model_weights" in file:  # the original's, or any other legacy Keras file
+                first = next(shape for shape in kernels if shape[2] in (1, 3) and shape[0] == 4)
+                return Architecture("starnet", first[3], 8, first[2]), ""
+    except (OSError, ValueError, TypeError, StopIteration):
+        pass
+    raise BadInput(f"{path}: not a weights file of nox")
+
+
+def load_weights(generator, path):
+    """Load a weights file, ours or a legacy one, into a generator of its architecture; raises BadInput."""
+    path = Path(path).resolve()
+    with h5py.File(path) as file:
+        ours = "nox" in file.attrs
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # Keras tells its formats apart by name, not by content
+            copy = Path(folder) / ("copy.weights.h5" if ours else "copy.h5")
+            shutil.copyfile(path, copy)
+            generator.load_weights(copy)
+    except (ValueError, KeyError, OSError) as error:
+        raise BadInput(f"{path}: does not fit the network ({str(error).splitlines()[0][:120]})") from None
+
+
+def load_generator(path):
+    """(generator, architecture) of a weights file."""
+    architecture, _ = inspect_weights(path)
+    generator = build_generator(architecture)
+    load_weights(generator, path)
+    return generator, architecture
+
+
+def start_from(generator, architecture, path):
+    """Set a generator's weights from a file; colour weights start a grayscale one as if it saw R = G = B."""
+    source, found = load_generator(path)
+    if (found.network, found.width, found.levels) != (architecture.network, architecture.width, architecture.levels):
+        flags = f"--network {found.network} --width {found.width} --levels {found.levels}"
+        raise BadInput(f"{path}: holds another network; start from it with {flags}")
+    weights = source.get_weights()
+    if (found.n_channels, architecture.n_channels) == (3, 1):
+        shapes = [tuple(v.shape) for v in generator.weights]
+        weights = [fold_channels(w, shape) for w, shape in zip(weights, shapes)]
+    elif found.n_channels != architecture.n_channels:
+        raise BadInput(f"{path}: grayscale weights cannot start the colour network")
+    generator.set_weights(weights)
+
+
+def fold_channels(weight, shape):
+    """A colour network's weight for gray: the sum over input channels, the mean over output channels."""
+    if weight.shape == shape:
+        return weight
+    if weight.ndim == 4 and weight.shape[:2] == shape[:2] and weight.shape[2] == 3 and weight.shape[3] == shape[3] != 1:
+        return weight.sum(axis=2, keepdims=True)
+    return weight.mean(axis=weight.ndim - 1 if weight.ndim == 1 else 2, keepdims=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Callbacks: history, smoothing, samples, plots
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Progress(keras.callbacks.Callback):
+    """Tells the data which epoch it is, and turns the discriminator on when its epoch has come."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.data.epoch = epoch
+
+
+class History(keras.callbacks.Callback):
+    """history.csv: one row an epoch, with exponential moving averages of loss and PSNR; never an epoch twice.
+
+    ema is per step, the row per epoch of n steps: the average moves by 1 - ema^n towards the epoch's mean and is
+    corrected for its start at zero, so it is restored from the last row alone.
+    """
+
+    SMOOTHED = ("generator", "psnr")
+
+    def __init__(self, path, copy, ema, steps, start):
+        """path: the run's own file, in its checkpoint; copy: where the user looks; start: epoch to go on from."""
+        super().__init__()
+        self.path, self.copy, self.keep = path, copy, ema**steps
+        if path.exists():  # an epoch that ended, but whose checkpoint was not written any more, is run again
+            write_bytes(path, self.rows(start).to_csv(index=False).encode())
+
+    def rows(self, before=sys.maxsize):
+        """The rows of the epochs before one, as a DataFrame."""
+        if not self.path.exists():
+            return pd.DataFrame({"epoch": []})
+        table = pd.read_csv(self.path)
+        return table[table["epoch"] < before]
+
+    def on_epoch_end(self, epoch, logs=None):
+        past = self.rows(epoch)
+        row = {"epoch": epoch, **logs, "learning_rate": float(self.model.optimizer.learning_rate)}
+        old, new = 1 - self.keep**epoch, 1 - self.keep ** (epoch + 1)
+        for name in (prefix + name for prefix in ("", "val_") for name in self.SMOOTHED if prefix + name in row):
+            before = past[f"ema_{name}"].iloc[-1] if len(past) and f"ema_{name}" in past else 0.0
+            row[f"ema_{name}"] = (self.keep * old * before + (1 - self.keep) * row[name]) / max(new, 1e-12)
+            logs[f"ema_{name}"] = row[f"ema_{name}"]
+        table = pd.concat([past, pd.DataFrame([row])], ignore_index=True)
+        for path in (self.path, self.copy):
+            write_bytes(path, table.to_csv(index=False).encode())
+
+
+class Plateau(keras.callbacks.ReduceLROnPlateau):
+    """ReduceLROnPlateau whose counters survive an interruption: they are replayed from the history."""
+
+    def __init__(self, history, **options):
+        super().__init__(mode="min", factor=0.5, **options)
+        self.history = history
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        rate = float(self.model.optimizer.learning_rate)
+        for row in self.history.rows().to_dict("records"):
+            super().on_epoch_end(int(row["epoch"]), row)
+        self.model.optimizer.learning_rate = rate
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """The whole state of a run after each epoch: weights, optimizer, learning rate, in one file named by the epoch.
+
+    The file gets its name only when it is complete and the one before goes only then, so a run killed at any moment
+    resumes. Keras's BackupAndRestore writes in place and keeps the epoch in a second file.
+    """
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def files(self):
+        """{epoch: file} of the complete states."""
+        found = (re.fullmatch(r"epoch(\d+)\.weights\.h5", f.name) for f in self.folder.glob("epoch*.weights.h5"))
+        return {int(match[1]): self.folder / match[0] for match in found if match}
+
+    def restore(self, model):
+        """Load the last state into a compiled model; returns the number of epochs done, 0 without a state."""
+        files = self.files()
+        if files:
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(files[max(files)])
+        return max(files, default=0)
+
+    def on_epoch_end(self, epoch, logs=None):
+        earlier = self.files().values()
+        temporary = self.folder / f"writing{os.getpid()}.weights.h5"
+        self.model.save_weights(temporary, overwrite=True)
+        os.replace(temporary, self.folder / f"epoch{epoch + 1}.weights.h5")
+        for file in earlier:
+            if file.name != f"epoch{epoch + 1}.weights.h5":
+                file.unlink(missing_ok=True)
+
+
+class Outputs(keras.callbacks.Callback):
+    """Every save_freq epochs and at the end: weights, training.png, and input.png, output.png, gt.png of one pair."""
+
+    def __init__(self, architecture, settings, run, pairs, history):
+        super().__init__()
+        self.architecture, self.settings, self.run, self.pairs, self.history = (
+            architecture,
+            settings,
+            run,
+            pairs,
+            history,
+        )
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.settings.save_freq and epoch + 1 != self.settings.epochs:
+            return
+        generator = averaged(self.model, self.architecture)
+        save_weights(generator, self.architecture, self.architecture.weights_name, self.run)
+        write_plot("training.png", pd.read_csv(self.history.path))
+        paths = self.pairs[np.random.default_rng([self.settings.seed, epoch]).integers(len(self.pairs))]
+        show_pair(generator, self.architecture, paths, Inference(patch_size=512, stride=448))
+
+
+def averaged(model, architecture):
+    """A generator with the moving average of the trained one's weights, which the optimizer keeps."""
+    generator = build_generator(architecture)
+    generator.set_weights(model.generator.get_weights())
+    if model.optimizer.use_ema:
+        own = {id(v): i for i, v in enumerate(model.trainable_variables)}
+        averages = [v for v in model.optimizer.variables if v.path.endswith("_average")]
+        for target, source in zip(generator.trainable_variables, model.generator.trainable_variables):
+            target.assign(averages[own[id(source)]])
+    return generator
+
+
+def write_plot(path, table):
+    """Loss, PSNR and learning rate over the epochs, training and validation, as a picture."""
+    figure = matplotlib.figure.Figure(figsize=(9, 9), layout="constrained")
+    axes = figure.subplots(3, sharex=True)
+    for axis, name, label in zip(axes, ("generator", "psnr", "learning_rate"), ("loss", "PSNR, dB", "learning rate")):
+        for column, style in (name, "C0."), (f"ema_{name}", "C0-"), (f"val_{name}", "C1."), (f"ema_val_{name}", "C1-"):
+            if column in table:
+                axis.plot(table["epoch"] + 1, table[column], style, label=column)
+        axis.set_ylabel(label)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[2].set_yscale("log")
+    axes[2].set_xlabel("epoch")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.png")
+    figure.savefig(temporary)
+    os.replace(temporary, path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Train
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def set_aside(path):
+    """Rename a file that this run did not write to the first free name, with one line that says so."""
+    path = Path(path)
+    free = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.stem}.{i}{path.suffix}")).exists())
+    os.rename(path, free)
+    print(f"{path} was not written by this run and is kept as {free}")
+
+
+def open_run(folder, architecture):
+    """The id of the run whose checkpoint is in the folder, a new one if there is none; clears the way for its files."""
+    record = folder / "run.json"
+    run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture)}
+    fresh = not record.exists()
+    if not fresh:
+        run = json.loads(record.read_text())
+        if run["architecture"] != dataclasses.asdict(architecture):
+            flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in run["architecture"].items())
+            raise BadInput(f"{folder}: holds a run with {flags}; go on with these, or move the folder away")
+    weights = Path(architecture.weights_name)
+    if weights.exists():
+        try:
+            owner = inspect_weights(weights)[1]
+        except BadInput:
+            owner = ""
+        if owner != run["id"]:
+            set_aside(weights)
+    if fresh and Path("history.csv").exists():
+        set_aside("history.csv")
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        write_bytes(record, json.dumps(run).encode())
+    return run["id"]
+
+
+def train(architecture, settings):
+    """Train, from the last checkpoint if there is one, and write everything into the current folder."""
+    keras.utils.set_random_seed(settings.seed)
+    keras.mixed_precision.set_global_policy("mixed_bfloat16" if settings.precision == "bfloat16" else "float32")
+    if settings.patch_size % architecture.multiple:
+        raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
+    pairs, held = split_pairs(find_pairs(settings.data), settings.validation, settings.seed)
+    model = Nox(architecture, settings)
+    folder = Path("checkpoint") / Path(architecture.weights_name).stem
+    if settings.weights and not (folder / "run.json").exists():
+        start_from(model.generator, architecture, settings.weights)
+    run = open_run(folder, architecture)
+
+    data = Pairs(pairs, settings, architecture.n_channels, augment=True)
+    data[0]  # names a pair that cannot be used before anything starts
+    check = Pairs(held, settings, architecture.n_channels, augment=False) if held else None
+    optimizer = TwoRateAdam(
+        slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr,
+        beta_2=0.99, use_ema=settings.weight_ema > 0, ema_momentum=settings.weight_ema or 0.99,
+    )  # fmt: skip
+    checkpoint = Checkpoint(folder)
+    model.compile(optimizer=optimizer, jit_compile=False)
+    start = checkpoint.restore(model)
+    history = History(folder / "history.csv", Path("history.csv"), settings.ema, len(data), start)
+    monitor = "ema_val_generator" if held else "ema_generator"
+    callbacks = [
+        Progress(data),
+        history,
+        Plateau(history, monitor=monitor, patience=settings.patience, cooldown=settings.cooldown),
+        Outputs(architecture, settings, run, held or pairs, history),
+        checkpoint,
+    ]
+    print(f"{len(pairs)} pairs to train on, {len(held)} to judge by, {start} of {settings.epochs} epochs done")
+    for last, model.adversarial in ((min(settings.adversarial_from, settings.epochs), False), (settings.epochs, True)):
+        if start < last:
+            model.compile(optimizer=optimizer, jit_compile=False)  # the step is built anew, with or without adversary
+            model.fit(data, validation_data=check, initial_epoch=start, epochs=last, callbacks=callbacks)
+            start = last
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Infer
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def tile_starts(length, tile, stride):
+    """Starts of the tiles that cover a length; the last may reach beyond it."""
+    return range(0, max(length - tile, 0) + stride, stride) if length > tile else range(1)
+
+
+def feather(length, starts, tile, overlap):
+    """Weights of each tile along one axis, shape (tiles, tile): linear ramps where two overlap, sums of 1."""
+    ramp = np.minimum(1, (np.arange(tile) + 0.5) / max(overlap, 1)).astype(np.float32)
+    weights = np.zeros((len(starts), tile), np.float32)
+    total = np.zeros(length, np.float32)
+    for weight, start in zip(weights, starts):
+        weight[:] = (ramp if start else 1) * (ramp[::-1] if start != starts[-1] else 1)
+        total[start : start + tile] += weight
+    return np.stack([weight / total[start : start + tile] for weight, start in zip(weights, starts)])
+
+
+def stellar_light(generator, architecture, image, settings, title="stars"):
+    """The light of the stars in an image, same shape, float32; exactly 0 where the network leaves a pixel alone.
+
+    Tiles of one shape run through the network one batch at a time and are blended, feathered, where they overlap. The
+    picture is padded by reflection to whole tiles, so that none is of another shape.
+    """
+    height, width = image.shape[:2]
+    multiple = architecture.multiple
+    margin = min((settings.patch_size - settings.stride) // 2, 64)  # the picture's own edge lies inside a tile
+    sides = [side + 2 * margin for side in (height, width)]
+    largest = -(-settings.patch_size // multiple) * multiple
+    tile = [min(-(-side // multiple) * multiple, largest) for side in sides]
+    overlap = largest - settings.stride
+    starts = [tile_starts(side, t, settings.stride) for side, t in zip(sides, tile)]
+    padded = [s[-1] + t for s, t in zip(starts, tile)]
+    pad = [(margin, p - side - margin) for p, side in zip(padded, (height, width))]
+    image = np.pad(image, (*pad, (0, 0)), mode="symmetric")
+    weights = [feather(p, s, t, overlap) for p, s, t in zip(padded, starts, tile)]
+    light = np.zeros_like(image)
+    places = [(i, j) for i in range(len(starts[0])) for j in range(len(starts[1]))]
+    with tqdm(total=len(places), desc=title, unit="tile") as bar:
+        for first in range(0, len(places), settings.batch_size):
+            batch = places[first : first + settings.batch_size]
+            windows = [
+                np.s_[starts[0][i] : starts[0][i] + tile[0], starts[1][j] : starts[1][j] + tile[1]] for i, j in batch
+            ]
+            tiles = np.stack([image[window] for window in windows])
+            full = np.concatenate([tiles, np.repeat(tiles[-1:], settings.batch_size - len(batch), axis=0)])
+            starless = np.asarray(generator.predict_on_batch(full), np.float32)[: len(batch)]
+            for (i, j), window, removed in zip(batch, windows, tiles - starless):
+                light[window] += removed * (weights[0][i][:, None] * weights[1][j])[..., None]
+            bar.update(len(batch))
+    return light[margin : margin + height, margin : margin + width]
+
+
+def weights_for(settings, n_channels):
+    """The weights file for pictures of so many channels: the named one, else the shipped one beside nox.py."""
+    return Path(settings.weights) if settings.weights else Path(__file__).resolve().parent / weights_name(n_channels)
+
+
+def remove_stars(picture, settings, title):
+    """The picture without its stars, in its own depth and channels."""
+    image = picture.image()
+    generator, architecture = load_generator(weights_for(settings, image.shape[2]))
+    if architecture.n_channels != image.shape[2]:
+        kind = {1: "grayscale", 3: "colour"}
+        raise BadInput(f"{settings.weights}: {kind[architecture.n_channels]} weights, but a {kind[image.shape[2]]} picture; for gray, --n-channels 1")  # fmt: skip
+    light = stellar_light(generator, architecture, image, settings, title)
+    # a star cannot be darker than black nor a fill brighter than white
+    return picture.without(image - (image - light).clip(0, 1) if (image - light).min() < 0 else light)
+
+
+def infer(image, output, overwrite, settings):
+    """Write the starless picture and, where no output is named, a copy of the starry one."""
+    source = Path(image)
+    picture = read_picture(source)
+    extension = {".tiff": ".tif", ".jpeg": ".jpg"}.get(source.suffix.lower(), source.suffix.lower()) or ".png"
+    target = Path(output) if output else Path("starless" + extension)
+    if output and not target.suffix:
+        target = target.with_name(target.name + extension)
+    if target.exists() and target.samefile(source):
+        raise BadInput(f"{target}: is the picture itself, which is never overwritten; name another file with -o")
+    if output and target.exists() and not overwrite:
+        raise BadInput(f"{target}: exists; --overwrite replaces it")
+    if not target.parent.is_dir():
+        raise BadInput(f"{target.parent}: no such folder")
+    if settings.n_channels == 1:
+        picture = picture.gray()
+    if settings.n_channels == 3 and picture.pixels.shape[2] == 1:
+        picture = Picture(np.repeat(picture.pixels, 3, axis=2), picture.alpha)
+    try:
+        encode_picture(
+            Picture(picture.pixels[:1, :1], None if picture.alpha is None else picture.alpha[:1, :1]),
+            target.suffix.lower(),
+        )
+    except BadInput as error:  # told before the long work, not after it
+        raise BadInput(f"{target}: {error}") from None
+    starless = remove_stars(picture, settings, source.name)
+    write_bytes(target, encode_picture(starless, target.suffix.lower()))
+    if not output:
+        copy = Path("starry" + extension)
+        if not (copy.exists() and copy.samefile(source)):
+            gray = settings.n_channels == 1
+            write_bytes(copy, encode_picture(picture, extension) if gray else source.read_bytes())
+
+
+def show_pair(generator, architecture, paths, settings):
+    """Write input.png, output.png and gt.png of a pair; returns PSNR of input and of output against the truth."""
+    starry, truth = (to_unit(pixels) for pixels in read_pair(paths, architecture.n_channels))
+    if architecture.n_channels == 1:
+        starry, truth = starry[..., :1], truth[..., :1]
+    starless = (starry - stellar_light(generator, architecture, starry, settings, Path(paths[0]).name)).clip(0, 1)
+    for name, image in ("input.png", starry), ("output.png", starless), ("gt.png", truth):
+        write_image(name, image)
+    return psnr(starry, truth), psnr(starless, truth)
+
+
+def infer_pair(settings):
+    """Try the weights on a random pair of the data."""
+    paths = random.choice(find_pairs(settings.data))
+    generator, architecture = load_generator(weights_for(settings, settings.n_channels or 3))
+    before, after = show_pair(generator, architecture, paths, settings)
+    print(f"{paths[0]}: PSNR against {paths[1].name} {before:.2f} dB before, {after:.2f} dB after")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def collect(cls, values):
+    """The settings of one dataclass among the command line's values."""
+    return cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(cls)})
+
+
+def main(values):
+    """Run a parsed command; ends with one line for a mistake."""
+    try:
+        if values.command == "train":
+            train(collect(Architecture, values), collect(Training, values))
+        elif values.image is None:
+            infer_pair(collect(Inference, values))
+        else:
+            infer(values.image, values.output, values.overwrite, collect(Inference, values))
+    except BadInput as error:
+        sys.exit(f"nox.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(
+            "nox.py: interrupted"
+            + ("; the same command goes on from the last epoch" if values.command == "train" else "")
+        )
+
+
+if __name__ == "__main__":
+    main(ARGUMENTS)
