@@ -8,7 +8,7 @@ Each pair is x{i}.png (starry) and y{i}.png (star-free). It depends on --seed, i
 
 Convention: an image is float32 RGB, shape (height, width, channels), 0..1; lengths are pixels, angles radians,
 temperatures kelvin. "Linear" values are light, "display" values are what the stretched picture shows. OpenCV's BGR
-and integer depths exist only in read_background and write_png.
+and integer depths exist only where pictures are read, written and squeezed through JPEG.
 
 Star removal by a network trained on such pairs is StarNet's idea (Nikita Misiura); synthetic stars on star-free
 backgrounds is that of the original nox (Christopher Harvey).
@@ -17,9 +17,12 @@ backgrounds is that of the original nox (Christopher Harvey).
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
+import io
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -100,7 +103,7 @@ POPULATIONS = {
     "field": Population(0.90, Range(100, 6000, True), Range(0.015, 0.15, True), Range(5, 9), Range(0.5, 1.2), Range(3000, 12000, True)),
     "crowd": Population(0.35, Range(5000, 30000, True), Range(0.01, 0.06, True), Range(2, 6), Range(0.9, 1.6), Range(2800, 7000, True)),
     "cluster": Population(0.20, Range(200, 4000, True), Range(0.02, 0.2, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), Range(0.03, 0.25, True)),
-    "giants": Population(0.75, Range(4, 60, True), Range(0.5, 0.9), Range(2, 6), Range(0.3, 0.8), Range(2800, 25000, True)),
+    "giants": Population(0.75, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
 }  # fmt: skip
 
 # Optics.
@@ -114,13 +117,14 @@ AXIS_RATIO = Range(0.75, 1.0)  # minor over major axis: tilt, guiding
 TRAIL_CHANCE, TRAIL = 0.12, Range(0.5, 2.0)  # guiding trail in FWHM
 COMA_CHANCE, COMA = 0.20, Range(0.3, 1.5)  # comet tail at the frame's corner in FWHM
 FIELD_STRETCH = Range(0.0, 0.35)  # radial elongation at the corner
+FIELD_BLUR = Range(0.0, 0.3)  # FWHM at the corner over that in the middle, less 1: field curvature
 ZONES = 3  # a picture with coma is divided into ZONES x ZONES, each with its own PSF
 CHROMATIC_CHANCE = 0.25
 CHROMATIC_FWHM = Range(0.9, 1.25)  # red and blue FWHM over green
 CHROMATIC_SHIFT = Range(-0.6, 0.6)  # lateral colour, pixels
 SPIKE_CHANCE = 0.5
 SPIKE_AXES = {2: 0.70, 3: 0.20, 4: 0.10}  # two arms an axis: 4 (reflector, Hubble), 6 (JWST), 8
-SPIKE_LIGHT = Range(0.002, 0.06, True)  # share of the star's light in all its spikes
+SPIKE_LIGHT = Range(0.004, 0.12, True)  # share of the star's light in all its spikes
 SPIKE_WIDTH = Range(0.35, 0.8)  # in FWHM
 SPIKE_DECAY = Range(1.2, 2.2)  # exponent of the fall along the arm
 SPIKE_RAINBOW_CHANCE, SPIKE_SPLIT_CHANCE = 0.4, 0.2
@@ -131,9 +135,11 @@ HALO_SCALE = Range(4, 30, True)  # exponential scale in FWHM
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
 REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.08, Range(0.003, 0.03, True), Range(10, 60, True)
 
+BLEED_CHANCE, BLEED = 0.04, Range(2, 10)  # charge of saturated stars along the CCD's columns, FWHM a decade of excess
+
 # Colour of the stars.
 SATURATION = Range(0.0, 2.2)  # exponent on a star's blackbody colour: 0 grey, 1 true, 2 pushed
-TINT_CHANCE, TINT = 0.25, Range(0.5, 1.5)  # narrow-band palettes and poor white balance
+TINT_CHANCE, TINT = 0.25, Range(0.5, 1.5)  # narrow-band palettes, poor white balance, unlinked stretch
 MONO_CHANCE = 0.15  # grey pictures among the colour pairs
 
 # Exposure and stretch.
@@ -157,11 +163,12 @@ VIBRANCE_CHANCE, VIBRANCE = 0.30, Range(0.6, 1.8)
 JPEG_CHANCE, JPEG_QUALITY = 0.20, Range(82, 98)
 
 # Backgrounds.
-SKY_LEVEL = Range(0.01, 0.30, True)  # display level of the darkest sky
-NEBULA_PEAK = Range(0.05, 0.9, True)  # display height of the brightest nebula over the sky
+SKY_LEVEL = Range(0.012, 0.35, True)  # display level of the darkest sky
+NEBULA_PEAK = Range(0.08, 2.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
 EMPTY_SKY_CHANCE = 0.2  # no nebula at all: a gradient and noise
-GALAXY_CHANCE, GALAXY_FIELD_CHANCE = 0.12, 0.20
-KNOT_CHANCE = 0.25
+GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.12, 0.15, 0.06
+KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.20, 0.04, 0.05
+GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.25, 1.0)
 PALETTE = {  # red, green, blue of an emission or a reflection, display colours
@@ -209,7 +216,7 @@ def find_photographs(folders):
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise BadInput(f"{folder}: not a folder of backgrounds")
-        files = [f for f in folder.rglob("*") if f.suffix.lower() in PHOTOGRAPHS and f.is_file()]
+        files = [f for f in folder.rglob("*") if f.suffix.lower() in PHOTOGRAPHS and f.is_file() and f.name[0] != "."]
         clean = [f for f in files if not ("_NOISY_" in f.name or f.stem.lower().endswith("noisy"))]
         if not clean:
             raise BadInput(f"{folder}: no photograph (PNG, JPEG, TIFF, BMP or WebP) in it")
@@ -219,9 +226,10 @@ def find_photographs(folders):
 
 def read_background(path):
     """A photograph as an image, whatever its depth and channels; raises ValueError when it cannot be read."""
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR)
+    data = np.fromfile(path, np.uint8)
+    pixels = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR) if data.size else None
     if pixels is None:
-        raise ValueError(f"{path}: not a readable picture")
+        raise ValueError("not a readable picture")
     if pixels.dtype.kind == "u":
         return pixels[..., ::-1].astype(np.float32) / np.iinfo(pixels.dtype).max
     pixels = np.nan_to_num(pixels[..., ::-1].astype(np.float32), posinf=0, neginf=0).clip(0)
@@ -249,20 +257,41 @@ def photograph(rng, size, path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def turbulence(rng, size, slope=3.0):
-    """Gaussian random field with the power spectrum k^-slope, shape (size, size), scaled so that 1% to 99% is 0..1."""
-    k = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
+@functools.lru_cache(16)
+def wavenumbers(size):
+    """|k| of rfft2's coefficients, shape (size, size // 2 + 1); that of the mean is set to the lowest."""
+    k = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]).astype(np.float32)
     k[0, 0] = 1 / size
-    spectrum = (rng.normal(size=k.shape) + 1j * rng.normal(size=k.shape)) * k ** (-slope / 2 - 0.5)
-    field = np.fft.irfft2(spectrum, s=(size, size))
+    return k
+
+
+def random_field(rng, amplitude):
+    """Gaussian random field, periodic, with that amplitude at each wave number: shape (size, size)."""
+    spectrum = np.empty(amplitude.shape, np.complex64)
+    spectrum.real, spectrum.imag = rng.standard_normal((2, *amplitude.shape), np.float32)
+    return np.fft.irfft2(spectrum * amplitude, s=(len(amplitude), len(amplitude)))
+
+
+def turbulence(rng, size, slope=3.0, coarse=1):
+    """Random field, shape (size, size), scaled so that 1% to 99% is 0..1.
+
+    Its power summed over all directions is k^-slope (5/3: Kolmogorov's; 3: smooth). coarse > 1 draws it on a grid so
+    many times coarser, where fine detail does not show.
+    """
+    field = random_field(rng, wavenumbers(-(-size // coarse)) ** np.float32(-slope / 2 - 0.5))
     low, high = np.percentile(field[::4, ::4], [1, 99])
-    return ((field - low) / (high - low)).astype(np.float32)
+    field = ((field - low) / (high - low)).astype(np.float32)
+    return field if coarse == 1 else cv2.resize(field, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
-def warp(field, shift_x, shift_y):
-    """The field with its coordinates displaced by two other fields (domain warping): wisps instead of clouds."""
+def warp(rng, field, reach):
+    """The periodic field with its coordinates displaced by up to about reach pixels (domain warping): wisps
+    instead of clouds. Beyond a fifth of the frame it would fold over and show mirror images.
+    """
+    size = len(field)
     y, x = np.indices(field.shape, dtype=np.float32)
-    return cv2.remap(field, x + shift_x, y + shift_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    shift_x, shift_y = (np.float32(reach) * (turbulence(rng, size, 3.4, 4) - 0.5) for _ in range(2))
+    return cv2.remap(field, x + shift_x, y + shift_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 
 def smoothstep(field, low, high):
@@ -270,22 +299,67 @@ def smoothstep(field, low, high):
     return t * t * (3 - 2 * t)
 
 
+def gas(rng, size):
+    """Density of turbulent gas, log-normal as in the interstellar medium, its 99th percentile 1."""
+    field = warp(rng, turbulence(rng, size, rng.uniform(1.8, 3.0)), size * rng.uniform(0.03, 0.2))
+    return np.exp(np.float32(rng.uniform(1.5, 5)) * (field - 1))
+
+
+def filaments(rng, size):
+    """A net of filaments on filaments, about 0..1: ridged noise whose every octave grows on the ridges of the last."""
+    net, weight = np.zeros((size, size), np.float32), np.float32(1)
+    for octave in range(rng.integers(4, 6)):
+        cells = int(rng.integers(2, 5)) * 2**octave  # over the frame
+        grid = min(size, max(8 * cells, size // 3))
+        noise = random_field(rng, np.exp(-0.5 * (wavenumbers(grid) * np.float32(3 * grid / cells)) ** 2))
+        noise = cv2.resize(noise / noise.std(), (size, size), interpolation=cv2.INTER_CUBIC)
+        ridge = (1 - np.abs(noise)).clip(0) ** 3 * weight
+        net += np.float32(0.85**octave) * ridge
+        weight = (1.5 * ridge).clip(0.2, 1)
+    fine = warp(rng, turbulence(rng, size, 1.8), size * rng.uniform(0.03, 0.2))
+    return warp(rng, net, size * rng.uniform(0.03, 0.2)) * (0.3 + fine.clip(0))
+
+
+def shell(rng, size):
+    """A bubble blown by a star: a thin bright shock front outside, thin gas within."""
+    y, x = np.indices((size, size), dtype=np.float32)
+    radius = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size)) / (size * rng.uniform(0.2, 0.7))
+    radius = radius + np.float32(rng.uniform(0.3, 0.9)) * (turbulence(rng, size, rng.uniform(2.5, 3.2)) - 0.5)
+    inside, outside = rng.uniform(0.1, 0.5), rng.uniform(0.01, 0.06)  # thickness of the front on its two sides
+    front = np.exp(-np.where(radius < 1, (1 - radius) / inside, (radius - 1) / outside))
+    return front * (0.3 + 0.7 * gas(rng, size))
+
+
 def cloud(rng, size):
-    """One emission or reflection, shape (size, size), 0..1: billows, filaments or a shell with a shock front."""
-    slope, reach = rng.uniform(2.0, 3.4), size * rng.uniform(0.05, 0.25)
-    shift_x, shift_y = (reach * (turbulence(rng, size, 3.2) - 0.5) for _ in range(2))
-    field = warp(turbulence(rng, size, slope), shift_x, shift_y)
-    kind = rng.integers(3)
-    if kind == 1:  # ridges of the field are filaments
-        field = (1 - np.abs(2 * field.clip(0, 1) - 1)) ** rng.uniform(2, 6)
-    elif kind == 2:  # a bubble: bright rim outside, hollow inside
-        y, x = np.indices((size, size), dtype=np.float32)
-        radius = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size)) / (size * rng.uniform(0.2, 0.7))
-        radius = radius + 0.5 * (field - 0.5)
-        field = np.exp(-np.abs(radius - 1) / rng.uniform(0.02, 0.2)) * (0.4 + 0.6 * field)
-    low = rng.uniform(0.0, 0.5)
-    envelope = smoothstep(turbulence(rng, size, 4.0), rng.uniform(-0.3, 0.4), rng.uniform(0.6, 1.2))
-    return smoothstep(field, low, low + rng.uniform(0.4, 1.6)) * envelope
+    """One emission or reflection, shape (size, size), about 0..1: gas, filaments or a shell, lit from one place."""
+    kind = rng.choice(3, p=[0.5, 0.3, 0.2])
+    light = (gas, filaments, shell)[kind](rng, size)
+    if kind == 1:
+        light = light * (0.2 + gas(rng, size))
+    y, x = np.indices((size, size), dtype=np.float32) / size
+    distance = np.hypot(x - rng.uniform(-0.2, 1.2), y - rng.uniform(-0.2, 1.2)) / rng.uniform(0.2, 1.0)
+    light = light / (1 + distance**2)  # the lighting star's inverse square, softened
+    return light / np.percentile(light[::4, ::4], 99.5).clip(1e-6)
+
+
+def absorb(rng, image):
+    """The image behind dust lanes that redden it; their edge towards a hot star glows (an ionisation front)."""
+    size = len(image)
+    dust = gas(rng, size) if chance(rng, 0.6) else filaments(rng, size)
+    dust = dust * smoothstep(turbulence(rng, size, 3.4, 4), rng.uniform(0.0, 0.5), 1.0)
+    dust = cv2.GaussianBlur(dust, (0, 0), 1.0)
+    depth = np.float32(rng.uniform(0.5, 4.0)) * dust[..., None]
+    shaded = image * np.exp(-depth * np.array([0.7, 1.0, 1.3], np.float32))
+    if chance(rng, 0.5):
+        angle = rng.uniform(0, 2 * np.pi)
+        slope = np.gradient(cv2.GaussianBlur(dust, (0, 0), 2.0))
+        rim = (np.cos(angle) * slope[0] + np.sin(angle) * slope[1]).clip(0)
+        rim = rim / np.percentile(rim[::4, ::4], 99.5).clip(1e-6)
+        color = np.array(PALETTE[rng.choice(["hydrogen", "sulphur", "dust"])], np.float32)
+        shaded = (
+            shaded + np.float32(rng.uniform(0.1, 0.6)) * rim[..., None].clip(0, 1.5) * image.mean(axis=(0, 1)) * color
+        )
+    return shaded
 
 
 def sky_gradient(rng, size):
@@ -303,9 +377,10 @@ def spiral_galaxy(rng, size, fwhm):
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
     radius = np.hypot(u, v) + 0.5
-    winding = rng.integers(1, 4) * (np.arctan2(v, u) - np.log(radius) / np.tan(rng.uniform(0.2, 0.6)))
+    winding = rng.integers(1, 4) * (np.arctan2(v, u) - np.log(radius) / np.tan(rng.uniform(0.25, 0.7)))
     grain = turbulence(rng, size, 2.2)
-    arms = (0.5 + 0.5 * np.cos(winding + 3 * grain)) ** rng.uniform(1, 4)
+    arms = (0.5 + 0.5 * np.cos(winding + 5 * grain)) ** rng.uniform(0.7, 2.5) * (0.3 + grain.clip(0))
+    arms = 0.3 + (arms - 0.3) * smoothstep(radius, 0.2 * scale, 1.2 * scale)  # not into the bulge
     disk = np.exp(-radius / scale)
     knots = np.where((grain > 0.8) & (arms > 0.5), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
@@ -318,70 +393,107 @@ def spiral_galaxy(rng, size, fwhm):
 
 
 def galaxy_field(rng, size, fwhm):
-    """Small and far galaxies: Sersic profiles no sharper than the seeing, added light of shape (size, size, 3)."""
+    """Small and far galaxies, clearly wider than a star, spread or (a cluster) crowded; light of (size, size, 3)."""
     light = np.zeros((size, size, 3), np.float32)
-    for _ in range(rng.integers(2, 30)):
-        r_eff = max(fwhm * rng.uniform(0.9, 1.4), np.exp(rng.uniform(np.log(2), np.log(size / 20))))
-        reach = int(min(size, 7 * r_eff + 8))
-        x, y = rng.uniform(0, size, 2)
-        left, top = int(x) - reach, int(y) - reach
-        yy, xx = np.mgrid[max(top, 0) : min(top + 2 * reach, size), max(left, 0) : min(left + 2 * reach, size)]
-        model = Sersic2D(1, r_eff, rng.uniform(0.7, 2.5), x, y, rng.uniform(0.1, 0.75), rng.uniform(0, np.pi))
-        profile = cv2.GaussianBlur(model(xx, yy).astype(np.float32), (0, 0), fwhm / 2.355)
-        profile *= rng.uniform(0.02, 0.7) / profile.max()
-        profile = (profile - profile[[0, -1]].mean()).clip(0)  # ends softly at the window's edge
-        color = 1 + rng.uniform(0, 0.5) * np.array([0.5, 0.0, -0.5]) * rng.choice([-1, 1])
-        light[yy[0, 0] : yy[-1, 0] + 1, xx[0, 0] : xx[0, -1] + 1] += profile[..., None] * color.astype(np.float32)
+    middle, spread = rng.uniform(0, size, 2), size * rng.uniform(0.08, 0.2)
+    crowded = chance(rng, GALAXY_CLUSTER_CHANCE / (GALAXY_CLUSTER_CHANCE + GALAXY_FIELD_CHANCE))
+    for _ in range(rng.integers(15, 50) if crowded else rng.integers(2, 30)):
+        least = max(fwhm * GALAXY_SIZE(rng), 2.0)
+        r_eff = least * max(1.0, size / 20 / least) ** (rng.random() ** 2)  # most are small
+        ellipticity = rng.uniform(0.1, 0.75) if r_eff > 2 * fwhm else rng.uniform(0.4, 0.75)
+        reach = int(min(size, 6 * r_eff + 8))
+        x, y = rng.normal(middle, spread) if crowded else rng.uniform(0, size, 2)
+        if not (0 <= x < size and 0 <= y < size):
+            continue
+        rows, columns = (slice(max(int(c) - reach, 0), min(int(c) + reach + 1, size)) for c in (y, x))
+        yy, xx = np.mgrid[rows, columns]
+        index = rng.uniform(0.7, 2.5) if r_eff > 2 * fwhm else rng.uniform(0.6, 1.3)  # disks, and cusps where they show
+        profile = SERSIC.evaluate(xx, yy, 1, r_eff, index, x, y, ellipticity, rng.uniform(0, np.pi))
+        profile = cv2.GaussianBlur(profile.astype(np.float32), (0, 0), fwhm / 2.355)
+        profile *= 1 - smoothstep(np.hypot(xx - x, yy - y), 0.6 * reach, reach - 1)  # no square is seen
+        profile *= np.exp(rng.uniform(np.log(0.03), np.log(0.6))) / profile.max()
+        warm = rng.uniform(0, 0.5) * (1 if crowded else rng.choice([-1, 1]))
+        color = 1 + warm * np.array([0.5, 0.0, -0.5], np.float32)
+        light[rows, columns] += profile[..., None] * color
     return light
+
+
+SERSIC = Sersic2D()  # evaluate() with numbers, as for the PSFs
 
 
 def knots(rng, size, fwhm):
     """Small bright blobs wider than a star, irregular, that must stay: HII regions and globules' rims."""
     light = np.zeros((size, size, 3), np.float32)
+    hue = np.array(PALETTE[rng.choice(list(PALETTE))], np.float32)
     for _ in range(rng.integers(3, 25)):
-        blob = np.zeros((size, size), np.float32)
-        center, sigma = rng.uniform(0, size, 2), fwhm * rng.uniform(0.9, 3.0) + 1
-        for point in rng.normal(center, 1.5 * sigma, (rng.integers(2, 6), 2)).astype(int):
-            if (point >= 0).all() and (point < size).all():
-                blob[tuple(point)] += rng.uniform(0.3, 1)
-        blob = cv2.GaussianBlur(blob, (0, 0), sigma)
-        if blob.max() > 0:
-            color = np.array(PALETTE[rng.choice(list(PALETTE))], np.float32)
-            light += rng.uniform(0.03, 0.5) * (blob / blob.max())[..., None] * color
-    return light
+        sigma = fwhm * rng.uniform(0.9, 3.0) + 1
+        half = int(6 * sigma)
+        blob = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
+        for row, column in rng.normal(half, 1.2 * sigma, (rng.integers(3, 8), 2)).astype(int).clip(0, 2 * half):
+            blob[row, column] += rng.uniform(0.3, 1)
+        blob = cv2.GaussianBlur(blob, (0, 0), sigma * rng.uniform(0.6, 1.0), borderType=cv2.BORDER_CONSTANT)
+        r = np.hypot(*np.indices(blob.shape) - half)
+        blob *= (1 - smoothstep(r, 0.5 * half, half)) / blob.max()
+        column, row = rng.integers(0, size, 2)
+        add_window(light, blob[..., None], rng.uniform(0.05, 0.7) * hue * rng.uniform(0.7, 1.3, 3), column, row)
+    return light * (0.15 + gas(rng, size)[..., None])  # torn, not round
+
+
+def globular(rng, size):
+    """The unresolved light of a globular cluster, King's profile without its edge; shape (size, size, 3)."""
+    y, x = np.indices((size, size), dtype=np.float32)
+    radius = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size)) / (size * rng.uniform(0.02, 0.08))
+    return rng.uniform(0.1, 0.8) / (1 + radius**2)[..., None] * np.array([1.0, 0.9, 0.75], np.float32)
+
+
+def comet(rng, size, fwhm):
+    """Coma and tail of a comet without its star-like nucleus, added light of shape (size, size, 3)."""
+    y, x = np.indices((size, size), dtype=np.float32)
+    angle, head = rng.uniform(0, 2 * np.pi), fwhm * rng.uniform(2, 8)
+    dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
+    along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    across = across + head * (turbulence(rng, size, 3.0) - 0.5)  # streamers
+    width = head * (0.7 + rng.uniform(0.05, 0.3) * along.clip(0) / head)
+    tail = np.exp(-0.5 * (across / width) ** 2 - along.clip(0) / (size * rng.uniform(0.2, 0.8))) * head / width
+    tail *= smoothstep(along, -head, head)
+    coma = 1 / (1 + (np.hypot(dx, dy) / head) ** 2) ** 1.5
+    light = 0.4 * tail[..., None] * np.array([0.9, 0.9, 1.0]) + coma[..., None] * np.array([0.55, 1.0, 0.8])
+    return np.float32(rng.uniform(0.1, 0.7)) * light.astype(np.float32)
 
 
 def painted_sky(rng, size, fwhm):
     """A star-free deep-sky picture from noise alone, display values, shape (size, size, 3)."""
     image = SKY_LEVEL(rng) * sky_gradient(rng, size)
     if not chance(rng, EMPTY_SKY_CHANCE):
-        glow = smoothstep(turbulence(rng, size, 4.0), -0.2, 1.2)[..., None]  # unresolved, wide
-        light = rng.uniform(0, 1) * glow * np.array(PALETTE[rng.choice(list(PALETTE))], np.float32)
+        glow = smoothstep(turbulence(rng, size, 4.0, 4), -0.2, 1.2)[..., None]  # unresolved, wide
+        light = rng.uniform(0, 0.6) * glow * np.array(PALETTE[rng.choice(list(PALETTE))], np.float32)
         for name in rng.choice(list(PALETTE), rng.integers(1, 4), replace=False):
             color = np.array(PALETTE[name], np.float32) * rng.uniform(0.7, 1.3, 3).astype(np.float32)
-            light += rng.uniform(0.3, 1) * cloud(rng, size)[..., None] * color
-        image = image + NEBULA_PEAK(rng) * light / max(light.max(), 1e-3)
-        if chance(rng, 0.6):  # dust lanes absorb, blue more than red
-            depth = rng.uniform(0.3, 2.5) * cloud(rng, size)[..., None]
-            image = image * np.exp(-depth * np.array([0.7, 1.0, 1.3], np.float32))
+            light += np.float32(rng.uniform(0.3, 1)) * cloud(rng, size)[..., None] * color
+        image = image + NEBULA_PEAK(rng) * light / np.percentile(light[::4, ::4], 99.5).clip(1e-3)
+        if chance(rng, 0.6):
+            image = absorb(rng, image)
     if chance(rng, GALAXY_CHANCE):
         image = image + spiral_galaxy(rng, size, fwhm)
-    if chance(rng, GALAXY_FIELD_CHANCE):
+    if chance(rng, GALAXY_FIELD_CHANCE + GALAXY_CLUSTER_CHANCE):
         image = image + galaxy_field(rng, size, fwhm)
     if chance(rng, KNOT_CHANCE):
         image = image + knots(rng, size, fwhm)
-    return (1 - np.exp(-image.clip(0))).astype(np.float32) if chance(rng, 0.5) else image.clip(0, 1).astype(np.float32)
+    if chance(rng, GLOBULAR_CHANCE):
+        image = image + globular(rng, size)
+    if chance(rng, COMET_CHANCE):
+        image = image + comet(rng, size, fwhm)
+    return (1 - np.exp(-image.clip(0))).astype(np.float32)  # a shoulder: nothing of it is cut off at white
 
 
-def background(rng, size, fwhm, photographs, painted):
-    """(image, name): a photograph, a painted sky, or one screen-blended over the other."""
-    if not photographs or chance(rng, painted):
-        return painted_sky(rng, size, fwhm), "painted"
-    path = photographs[rng.integers(len(photographs))]
+def background(rng, size, fwhm, path):
+    """A photograph, alone or with a painted sky screen-blended over it, or (path None) a painted sky alone."""
+    if path is None:
+        return painted_sky(rng, size, fwhm)
     image = photograph(rng, size, path)
     if chance(rng, 0.2):
         image = 1 - (1 - image) * (1 - painted_sky(rng, size, fwhm))
-    return image.astype(np.float32), path
+    return image.astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -404,6 +516,7 @@ class Optics:
     trail: np.ndarray  # (2,) guiding trail x, y
     coma: float  # comet tail at the corner
     field_stretch: float  # radial elongation at the corner
+    field_blur: float  # growth of the FWHM to the corner
     spikes: dict | None
     halo: dict | None
     reflection: dict | None
@@ -418,7 +531,7 @@ class Optics:
         return bool(np.all(self.chromatic == 1) and not self.shift.any())
 
 
-def draw_spikes(rng):
+def draw_spikes(rng, color):
     axes = pick(rng, SPIKE_AXES)
     start = rng.choice([0.0, np.pi / 4, rng.uniform(0, np.pi)])
     angles = start + np.arange(axes) * np.pi / axes
@@ -429,7 +542,7 @@ def draw_spikes(rng):
         "light": SPIKE_LIGHT(rng),
         "width": SPIKE_WIDTH(rng),
         "decay": SPIKE_DECAY(rng),
-        "rainbow": chance(rng, SPIKE_RAINBOW_CHANCE) * rng.uniform(0.2, 0.8),
+        "rainbow": chance(rng, SPIKE_RAINBOW_CHANCE) * rng.uniform(0.2, 0.8) * color,
         "period": SPIKE_PERIOD(rng),
     }
 
@@ -452,8 +565,9 @@ def draw_optics(rng, color):
         trail=trail * np.array([np.cos(direction), np.sin(direction)]),
         coma=COMA(rng) * fwhm if chance(rng, COMA_CHANCE) else 0.0,
         field_stretch=FIELD_STRETCH(rng),
-        spikes=draw_spikes(rng) if chance(rng, SPIKE_CHANCE) else None,
-        halo={"light": HALO_LIGHT(rng), "scale": HALO_SCALE(rng) * fwhm, "blue": HALO_BLUE(rng)} if chance(rng, HALO_CHANCE) else None,
+        field_blur=FIELD_BLUR(rng),
+        spikes=draw_spikes(rng, color) if chance(rng, SPIKE_CHANCE) else None,
+        halo={"light": HALO_LIGHT(rng), "scale": HALO_SCALE(rng) * fwhm, "blue": HALO_BLUE(rng) ** color} if chance(rng, HALO_CHANCE) else None,
         reflection={"light": REFLECTION_LIGHT(rng), "radius": REFLECTION_RADIUS(rng), "offset": rng.normal(0, 8, 2)} if chance(rng, REFLECTION_CHANCE) else None,
     )  # fmt: skip
 
@@ -494,13 +608,15 @@ def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
         ]
     total = sum(w for *_, w in paths)
     angle, q = optics.angle, np.sqrt(optics.axis_ratio)
+    fwhm = optics.fwhm * optics.chromatic[channel]
     if optics.varies and radius > 0:  # in the corners stars point to the centre
         angle, q = azimuth, np.sqrt(1 - optics.field_stretch * radius**2)
+        fwhm = fwhm * (1 + optics.field_blur * radius**2)
     cos, sin = np.cos(angle), np.sin(angle)
     light = 0
     for x, y, weight in paths:
         u, v = (dx - x) * cos + (dy - y) * sin, (dy - y) * cos - (dx - x) * sin
-        light = light + weight / total * core_profile(optics, u * q, v / q, optics.fwhm * optics.chromatic[channel])
+        light = light + weight / total * core_profile(optics, u * q, v / q, fwhm)
     return light
 
 
@@ -546,11 +662,12 @@ def draw_stars(rng, shape, optics, visible_flux):
                     rng.normal(rng.uniform(0, width), radius, count),
                     rng.normal(rng.uniform(0, height), radius, count),
                 )
+            near = (np.abs(x - width / 2) < width / 2 + margin) & (np.abs(y - height / 2) < height / 2 + margin)
             flux = visible_flux(population.faintest(rng))
             flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
             temperature = population.temperature(rng, count)
             columns = {"x": x, "y": y, "flux": flux, "fwhm": np.full(count, optics.fwhm), "temperature": temperature}
-            tables.append(Table({**columns, "population": np.full(count, name)}))
+            tables.append(Table({**columns, "population": np.full(count, name)})[near])
     return vstack(tables)
 
 
@@ -600,11 +717,14 @@ class Sprites:
         self.falloff = np.maximum.accumulate(brightest[::-1])[::-1]  # brightest value on or outside a square's edge
         self.taper = blend_to_wings(np.hypot(offset[:, None], offset), self.radius)[..., None]
 
-    def place(self, x, y):
-        """(column, row, stamp) of a star: the stamp's centre pixel and its picture."""
-        column, row = int(np.floor(x + 0.5)), int(np.floor(y + 0.5))
-        phase_x, phase_y = int((x + 0.5 - column) * self.phases), int((y + 0.5 - row) * self.phases)
-        return column, row, self.stamps[phase_y, phase_x]
+    def place(self, x):
+        """(pixels, phases) of stars at x along one axis."""
+        pixel = np.floor(x + 0.5).astype(int)
+        return pixel, ((x + 0.5 - pixel) * self.phases).astype(int)
+
+    def radii(self, fluxes, threshold):
+        """Radius of the square outside which a star of each flux stays below the threshold."""
+        return np.minimum(np.searchsorted(-self.falloff, -threshold / fluxes) + 1, self.radius)
 
 
 def blend_to_wings(r, radius):
@@ -667,21 +787,22 @@ def render(stars, colors, optics, shape, threshold):
     zone_x = (stars["x"].data / width * steps).astype(int).clip(0, steps - 1)
     zone_y = (stars["y"].data / height * steps).astype(int).clip(0, steps - 1)
     fluxes = (stars["flux"].data[:, None] * colors).astype(np.float32)
-    bright = (
-        fluxes.max(axis=1) * max(zones[0][0].falloff[-1], far_light(optics, *np.zeros((2, 1, 1))).max()) > threshold
-    )
-    for x, y, zx, zy, flux, wings in zip(stars["x"].data, stars["y"].data, zone_x, zone_y, fluxes, bright):
-        sprites = zones[zy][zx]
-        column, row, stamp = sprites.place(x, y)
+    sprites, strongest = zones[0][0], fluxes.max(axis=1)
+    bright = strongest * max(sprites.falloff[-1], far_light(optics, *np.zeros((2, 1, 1))).max()) > threshold
+    places = [a.tolist() for axis in ("x", "y") for a in sprites.place(stars[axis].data)]
+    radii = sprites.radii(strongest, threshold).tolist()
+    for column, phase_x, row, phase_y, zx, zy, radius, flux, wings in zip(
+        *places, zone_x, zone_y, radii, fluxes, bright
+    ):
+        stamp = zones[zy][zx].stamps[phase_y, phase_x]
         if wings:
             stamp = stamp * sprites.taper
         else:
-            radius = int(np.searchsorted(-sprites.falloff * flux.max(), -threshold)) + 1
-            inner = slice(max(sprites.radius - radius, 0), sprites.radius + radius + 1)
+            inner = slice(sprites.radius - radius, sprites.radius + radius + 1)
             stamp = stamp[inner, inner]
         add_window(canvas, stamp, flux, column, row)
     if bright.any():
-        canvas += draw_wings(stars["x"].data[bright], stars["y"].data[bright], fluxes[bright], optics, zones[0][0].radius, shape, threshold)  # fmt: skip
+        canvas += draw_wings(stars["x"].data[bright], stars["y"].data[bright], fluxes[bright], optics, sprites.radius, shape, threshold)  # fmt: skip
     return canvas
 
 
@@ -741,8 +862,8 @@ def draw_stretch(rng):
     return (lambda x: np.log1p(x / m) / scale), (lambda y: m * np.expm1(y * scale))
 
 
-def noise_layer(rng, linear, sigma, color):
-    """Camera noise for a linear picture, standard deviation sigma at its median; same shape."""
+def noise_layer(rng, linear, sigma, photon, color):
+    """Camera noise for a linear picture, same shape: standard deviation sigma at its median, share photon of it shot."""
     shape = linear.shape
     grain = rng.standard_normal(shape, np.float32)
     chroma = CHROMA(rng) if color else 0.0
@@ -753,39 +874,52 @@ def noise_layer(rng, linear, sigma, color):
     if chance(rng, BANDING_CHANCE):
         rows = rng.standard_normal((shape[0], 1, 1), np.float32) * np.float32(BANDING(rng))
         grain = grain + (rows if chance(rng, 0.5) else rows.transpose(1, 0, 2))
-    photon = PHOTON_SHARE(rng)
     variance = 1 - photon + photon * linear / np.median(linear)
     layer = sigma * np.sqrt(variance.clip(0.01)) * grain
     if chance(rng, HOT_PIXEL_CHANCE):
         count = int(HOT_PIXELS(rng) * shape[0] * shape[1] / 1e6) + 1
         rows, columns = rng.integers(0, shape[0], count), rng.integers(0, shape[1], count)
-        layer[rows, columns, rng.integers(0, 3, count)] += sigma * rng.uniform(10, 60, count)
+        channels = rng.integers(0, 3, (count, 1)) if color else [0, 1, 2]
+        layer[rows[:, None], columns[:, None], channels] += sigma * rng.uniform(10, 60, (count, 1))
     return layer.astype(np.float32)
 
 
-def own_noise(rng, light, sigma, linear_sky):
-    """The stars' own photon noise: their light counted in photons whose shot noise at the sky's level is sigma."""
-    electron = sigma**2 / max(linear_sky, 1e-6)  # linear units per photon
-    counted = apply_poisson_noise(light.clip(0, 4) / electron, seed=int(rng.integers(2**31)))
-    return np.where(light < 4, counted * electron, light).astype(np.float32)
+def own_noise(rng, light, electron):
+    """The stars' own photon noise: their light counted in photons of `electron` linear units each."""
+    counted = light.copy()
+    some = (light > 0) & (light < 4)  # beyond is far into saturation
+    counted[some] = apply_poisson_noise(light[some] / electron, seed=int(rng.integers(2**31))) * electron
+    return counted
 
 
-def expose(rng, sky, color):
+def bleed(rng, light, stars, peak):
+    """Blooming: the charge of saturated stars runs along the columns of a CCD; changes light in place."""
+    reach, turned = BLEED(rng), chance(rng, 0.5)
+    canvas = light.transpose(1, 0, 2) if turned else light
+    excess = stars["flux"].data * peak
+    for star in stars[excess > 3]:
+        half = int(reach * star["fwhm"] * np.log10(star["flux"] * peak))
+        row, column = (int(round(star[axis])) for axis in ("xy" if turned else "yx"))
+        first, last = max(row - half, 0), max(row + half + 1, 0)
+        left, width = max(column, 0), max(1, int(star["fwhm"] / 3))
+        if column >= 0:
+            canvas[first:last, left : left + width] = np.maximum(canvas[first:last, left : left + width], 1)
+
+
+def expose(rng, sky, optics, color):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table."""
     shape = sky.shape[:2]
-    optics = draw_optics(rng, color)
     forward, inverse = draw_stretch(rng)
     linear = inverse(sky.clip(0.002, 0.999)).astype(np.float32)
     median = float(np.median(linear))
     level = float(forward(np.float32(median)))
     gain = float((forward(np.float32(median * 1.01 + 1e-6)) - level) / (median * 0.01 + 1e-6))  # slope at the sky
     screen = chance(rng, SCREEN_CHANCE)
-    area = 1 / Sprites(optics, (0.0, 0.0)).peak  # flux over peak
+    peak = Sprites(optics, (0.0, 0.0)).peak
 
     def visible_flux(height):
-        if screen:
-            return area * float(inverse(np.float32(min(height, 0.98))))
-        return area * max(float(inverse(np.float32(min(level + height, 0.98)))) - median, 1e-6)
+        base = 0.0 if screen else median
+        return max(float(inverse(np.float32(min(forward(np.float32(base)) + height, 0.98)))) - base, 1e-6) / peak
 
     stars = draw_stars(rng, shape, optics, visible_flux)
     colors = star_colors(rng, stars["temperature"].data, color)
@@ -794,10 +928,13 @@ def expose(rng, sky, color):
     threshold = 0.5 * float(inverse(forward(np.float32(base)) + np.float32(HALF_LEVEL)) - base)
     light = render(stars, colors, optics, shape, threshold)
 
-    sigma = NOISE(rng) / gain
-    noise = noise_layer(rng, linear, sigma, color)
-    if chance(rng, GLOW_CHANCE) and sigma / gain > 1e-7:
-        light = own_noise(rng, light, sigma, median)
+    sigma, photon = NOISE(rng) / gain, PHOTON_SHARE(rng)
+    noise = noise_layer(rng, linear, sigma, photon, color)
+    electron = min(photon * sigma**2 / median, sigma)  # the sky's shot noise tells what one photon is worth
+    if chance(rng, GLOW_CHANCE) and electron > 1e-12:
+        light = own_noise(rng, light if color else light[..., :1], electron)
+    if chance(rng, BLEED_CHANCE):
+        bleed(rng, light, stars, peak)
     dark = forward((linear + noise).clip(0, 1))
     if screen:
         return 1 - (1 - dark) * (1 - forward(light.clip(0, 1))), dark, stars
@@ -840,8 +977,9 @@ def draw_processing(rng, size, color):
 
 def jpeg_round_trip(image, quality):
     """What JPEG leaves of an image."""
-    _, data = cv2.imencode(".jpg", (image * 255 + 0.5).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(data, cv2.IMREAD_COLOR).astype(np.float32) / 255
+    pixels = np.ascontiguousarray((image[..., ::-1] * 255 + 0.5).astype(np.uint8))
+    _, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1].astype(np.float32) / 255
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -849,8 +987,16 @@ def jpeg_round_trip(image, quality):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def make_pair(index, settings, photographs):
-    """(starry, starless, stars, background's name) of pair `index`: images of shape (size, size, 3 or 1).
+def choose_photograph(index, settings, photographs):
+    """Path of the photograph behind a pair, None for a painted sky; of its own stream, so that a failure can name it."""
+    rng = np.random.default_rng([settings.seed, index, 1])
+    if not photographs or chance(rng, settings.painted):
+        return None
+    return photographs[rng.integers(len(photographs))]
+
+
+def make_pair(index, settings, path=None):
+    """(starry, starless, stars): images of shape (size, size, 3 or 1) and a table; path: the photograph behind.
 
     Where the stars add less than half a grey level, the two images are equal.
     """
@@ -858,10 +1004,11 @@ def make_pair(index, settings, photographs):
     color = settings.color and not chance(rng, MONO_CHANCE)
     scale = RESIZE(rng) if chance(rng, RESIZE_CHANCE) else 1.0
     size = int(round(settings.size / scale))
-    sky, name = background(rng, size, FWHM(rng), photographs, settings.painted)
+    optics = draw_optics(rng, color)
+    sky = background(rng, size, optics.fwhm, path)
     if not color:
         sky = np.repeat((sky @ np.array([0.299, 0.587, 0.114], np.float32))[..., None], 3, axis=2)
-    starry, starless, stars = expose(rng, sky, color)
+    starry, starless, stars = expose(rng, sky, optics, color)
     process = draw_processing(rng, settings.size, color)
     starry, starless = process(starry.astype(np.float32)), process(starless.astype(np.float32))
     starry = np.where(np.abs(starry - starless) < HALF_LEVEL, starless, starry)
@@ -870,7 +1017,7 @@ def make_pair(index, settings, photographs):
     stars["fwhm"] *= settings.size / size
     inside = (stars["x"] > -0.5) & (stars["x"] < settings.size - 0.5) & (stars["y"] > -0.5) & (stars["y"] < settings.size - 0.5)  # fmt: skip
     keep = slice(None) if settings.color else slice(0, 1)
-    return starry[..., keep], starless[..., keep], stars[inside], name
+    return starry[..., keep], starless[..., keep], stars[inside]
 
 
 def write_png(path, image, depth):
@@ -882,7 +1029,7 @@ def write_png(path, image, depth):
 
 
 def write_bytes(path, data):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same: what a killed run left is written over
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
@@ -894,23 +1041,33 @@ def pair_paths(folder, index):
     return Path(folder) / f"x{index}.png", Path(folder) / f"y{index}.png"
 
 
+def catalog_path(folder, index):
+    return Path(folder) / f"stars{index}.ecsv"
+
+
+def finished(settings, index):
+    paths = pair_paths(settings.save_dir, index) + (catalog_path(settings.save_dir, index),) * settings.catalog
+    return all(path.exists() for path in paths)
+
+
 def save_pair(job):
     """Make and write one pair in a worker process; returns None, or a line that says why it failed."""
     index, settings, photographs = job
     cv2.setNumThreads(1)  # the processes are the parallelism
+    path = choose_photograph(index, settings, photographs)
     try:
-        starry, starless, stars, name = make_pair(index, settings, photographs)
+        starry, starless, stars = make_pair(index, settings, path)
         path_x, path_y = pair_paths(settings.save_dir, index)
         if settings.catalog:
-            catalog = path_x.with_name(f"stars{index}.ecsv")
-            temporary = catalog.with_name(f".{catalog.stem}.{os.getpid()}.ecsv")
-            stars.meta["background"] = name
-            stars.write(temporary, format="ascii.ecsv", overwrite=True)
-            os.replace(temporary, catalog)
+            stars.meta["background"] = path or "painted"
+            text = io.StringIO()
+            stars.write(text, format="ascii.ecsv")
+            write_bytes(catalog_path(settings.save_dir, index), text.getvalue().encode())
         write_png(path_y, starless, settings.depth)
         write_png(path_x, starry, settings.depth)
     except Exception as error:  # one bad photograph must not end a long run; the exit status tells
-        return f"pair {index} (seed {settings.seed}): {type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"pair {index} (seed {settings.seed}, background {path or 'painted'}): {reason}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -933,6 +1090,20 @@ def write_preview(settings, indices):
         write_bytes(Path(settings.save_dir) / "preview.png", data.tobytes())
 
 
+def work(jobs, cpus):
+    """Yield save_pair's answer to each job, in the order they end; few jobs wait at a time, so memory stays flat."""
+    context = multiprocessing.get_context("spawn")  # the same on all systems, and no forked threads
+    leave = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process; the workers end what they have in hand
+    with concurrent.futures.ProcessPoolExecutor(cpus, context, signal.signal, leave) as pool:
+        waiting = set()
+        while True:
+            waiting |= {pool.submit(save_pair, job) for job in itertools.islice(jobs, 2 * cpus - len(waiting))}
+            if not waiting:
+                return
+            done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+
+
 def generate(settings):
     """Make the pairs that settings ask for; returns the number of those that failed."""
     photographs = find_photographs(settings.backgrounds)
@@ -942,24 +1113,16 @@ def generate(settings):
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made a folder ({error.strerror})") from None
     indices = list(range(settings.start, settings.start + settings.imcount))
-    missing = [i for i in indices if settings.overwrite or not all(p.exists() for p in pair_paths(folder, i))]
+    missing = [i for i in indices if settings.overwrite or not finished(settings, i)]
     if len(missing) < len(indices):
         print(f"{folder}: {len(indices) - len(missing)} of {len(indices)} pairs are there and kept (--overwrite: anew)")
     failed = 0
-    context = multiprocessing.get_context("spawn")  # the same on all systems, and no forked threads
-    with concurrent.futures.ProcessPoolExecutor(settings.cpus or os.cpu_count(), context) as pool:
-        waiting, jobs = set(), ((i, settings, photographs) for i in missing)
-        with tqdm(total=len(missing), unit="pair", desc=str(folder)) as bar:
-            while True:
-                waiting |= {pool.submit(save_pair, job) for job in itertools.islice(jobs, 64 - len(waiting))}
-                if not waiting:
-                    break
-                done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                for message in (future.result() for future in done):
-                    bar.update()
-                    if message:
-                        failed += 1
-                        bar.write(message, file=sys.stderr)
+    with tqdm(total=len(missing), unit="pair", desc=str(folder)) as bar:
+        for message in work(((i, settings, photographs) for i in missing), settings.cpus or os.cpu_count()):
+            bar.update()
+            if message:
+                failed += 1
+                bar.write(message, file=sys.stderr)
     if settings.preview_pairs:
         write_preview(settings, indices[: settings.preview_pairs])
     return failed
@@ -996,6 +1159,8 @@ def main(arguments=None):
         failed = generate(settings)
     except BadInput as error:
         sys.exit(f"GenerateStars.py: {error}")
+    except concurrent.futures.BrokenExecutor:
+        sys.exit("GenerateStars.py: a process was killed (memory?); try again with less --cpus")
     except KeyboardInterrupt:
         sys.exit("GenerateStars.py: interrupted; the pairs made so far are kept, the same command goes on from there")
     if failed:

@@ -1,0 +1,572 @@
+"""Behaviour of GenerateStars.py: what its pairs hold, against references of their own, and its command line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from astropy import units
+from astropy.modeling.fitting import TRFLSQFitter
+from astropy.modeling.models import BlackBody, Moffat2D
+from astropy.table import Table
+from photutils.detection import DAOStarFinder
+from photutils.psf import CircularGaussianPRF, PSFPhotometry, fit_fwhm
+from scipy import stats as statistics
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import GenerateStars as gs  # noqa: E402
+
+# --------------------------------------------------------------------------------------------------------------------
+# Helpers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    """Run the real command line; the result has returncode, stdout and stderr."""
+    line = [sys.executable, str(ROOT / "GenerateStars.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def read(path):
+    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def plain_optics(**changes):
+    """Round Moffat stars without spikes, halo, coma or colour."""
+    values = dict(
+        core="moffat", fwhm=4.0, beta=3.0, axis_ratio=1.0, angle=0.0, obstruction=0.3, chromatic=np.ones(3),
+        shift=np.zeros((3, 2)), trail=np.zeros(2), coma=0.0, field_stretch=0.0, field_blur=0.0, spikes=None, halo=None,
+        reflection=None,
+    )  # fmt: skip
+    return gs.Optics(**{**values, **changes})
+
+
+def draw(stars, optics, size, threshold=1e-7):
+    """Green light of white stars given as (x, y, flux)."""
+    x, y, flux = np.array(stars, float).T
+    table = Table({"x": x, "y": y, "flux": flux, "fwhm": np.full(len(x), optics.fwhm)})
+    return gs.render(table, np.ones((len(x), 3)), optics, (size, size), threshold)[..., 1].astype(float)
+
+
+def make(index, seed=0, path=None, **changes):
+    return gs.make_pair(index, gs.Settings(seed=seed, **{"size": 96, **changes}), path)
+
+
+def write_photograph(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), pixels)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Four pairs by one process, with catalogues and a contact sheet; (folder, result of the command)."""
+    folder = tmp_path_factory.mktemp("pairs")
+    options = ["--imcount", "4", "--cpus", "1", "--size", "96", "--catalog", "--preview-pairs", "2", "--seed", "3"]
+    return folder, command(*options, "--save-dir", folder)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Point spread functions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x, y", [(30.0, 30.0), (30.4, 29.7)])
+def test_fitted_moffat_has_the_asked_fwhm_beta_and_flux(x, y):
+    image = draw([(x, y, 50.0)], plain_optics(fwhm=5.0, beta=3.0), 61)
+    yy, xx = np.indices(image.shape)
+    fit = TRFLSQFitter()(Moffat2D(1, x, y, 3, 2.5), xx, yy, image)
+    flux = np.pi * fit.amplitude * fit.gamma**2 / (fit.alpha - 1)
+    assert fit.fwhm == pytest.approx(5.0, rel=0.03)
+    assert fit.alpha.value == pytest.approx(3.0, rel=0.03)
+    assert flux == pytest.approx(50.0, rel=0.03)
+
+
+def test_star_lies_where_it_was_asked():
+    image = draw([(30.4, 29.7, 1.0)], plain_optics(core="gaussian"), 61)
+    yy, xx = np.indices(image.shape)
+    assert (image * xx).sum() / image.sum() == pytest.approx(30.4, abs=0.15)  # sprites have a few phases a pixel
+    assert (image * yy).sum() / image.sum() == pytest.approx(29.7, abs=0.15)
+
+
+def test_undersampled_star_is_integrated_over_its_pixels():
+    image = draw([(15.0, 15.0, 1.0)], plain_optics(core="gaussian", fwhm=1.3), 31)
+    assert fit_fwhm(image, fit_shape=7)[0] == pytest.approx(1.3, rel=0.03)  # photutils integrates over pixels too
+    assert image.sum() == pytest.approx(1.0, rel=0.01)
+
+
+def test_psf_photometry_returns_the_fluxes():
+    rng = np.random.default_rng(0)
+    grid = np.arange(30, 220, 40)
+    stars = [(x, y, f) for (x, y), f in zip(np.array(np.meshgrid(grid, grid)).reshape(2, -1).T, rng.uniform(1, 9, 25))]
+    image = draw(stars, plain_optics(core="gaussian", fwhm=3.0), 230)
+    init = Table(np.array(stars), names=["x", "y", "flux"])
+    found = PSFPhotometry(CircularGaussianPRF(fwhm=3.0), fit_shape=9)(image, init_params=init)
+    np.testing.assert_allclose(found["flux_fit"], init["flux"], rtol=0.03)
+
+
+@pytest.mark.parametrize("fwhm, beta", [(2.0, 2.0), (4.0, 2.5), (9.0, 4.0)])
+def test_bright_star_has_no_seam_and_no_square(fwhm, beta):
+    """The wings of a star 10,000 times over the threshold against the profile drawn over the whole frame."""
+    size, threshold = 241, 1e-4
+    flux = 1e4 * threshold * fwhm**2
+    image = draw([(120, 120, flux)], plain_optics(fwhm=fwhm, beta=beta), size, threshold)
+    yy, xx = np.indices(image.shape)
+    gamma = fwhm / (2 * np.sqrt(2 ** (1 / beta) - 1))
+    truth = flux * Moffat2D((beta - 1) / (np.pi * gamma**2), 120, 120, gamma, beta)(xx, yy)
+    outside = np.hypot(xx - 120, yy - 120) > 2 * fwhm  # nearer, a pixel's mean is not its middle
+    seen = truth > 1.05 * threshold
+    assert np.abs(image / truth - 1)[seen & outside].max() < 0.03
+    assert image[~seen].max() < 1.1 * threshold
+
+
+def test_faint_star_is_cut_below_the_threshold_only():
+    threshold = 1e-4
+    image = draw([(30, 30, 0.05)], plain_optics(fwhm=3.0), 61, threshold)
+    whole = draw([(30, 30, 0.05)], plain_optics(fwhm=3.0), 61, 1e-9)
+    assert np.abs(image - whole).max() <= threshold
+    assert (image == 0).any()
+
+
+def test_ellipse_has_the_asked_axis_ratio_and_angle():
+    image = draw([(30, 30, 1.0)], plain_optics(core="gaussian", fwhm=5.0, axis_ratio=0.6, angle=0.5), 61)
+    yy, xx = np.indices(image.shape) - 30
+    xx_, yy_, xy_ = ((image * m).sum() / image.sum() for m in (xx * xx, yy * yy, xx * yy))
+    values, vectors = np.linalg.eigh([[xx_, xy_], [xy_, yy_]])
+    assert np.sqrt(values[0] / values[1]) == pytest.approx(0.6, rel=0.03)
+    assert np.arctan2(vectors[1, 1], vectors[0, 1]) % np.pi == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("angles", [[0.3, 0.3 + np.pi / 2], [0.1, 0.1 + np.pi / 3, 0.1 + 2 * np.pi / 3]])
+def test_spikes_point_where_asked(angles):
+    spikes = dict(angles=np.array(angles), light=0.05, width=0.5, decay=1.5, rainbow=0.0, period=20.0)
+    image = draw([(150, 150, 1000.0)], plain_optics(fwhm=3.0, spikes=spikes), 301)
+    polar = cv2.warpPolar(image.astype(np.float32), (150, 720), (150, 150), 150, cv2.INTER_LINEAR)
+    profile = polar[:, 40:120].mean(axis=1)  # by angle, half a degree a row
+    peaks = np.flatnonzero((profile > np.roll(profile, 1)) & (profile >= np.roll(profile, -1)) & (profile > 5 * np.median(profile)))  # fmt: skip
+    asked = np.sort(np.concatenate([angles, np.array(angles) + np.pi])) * 720 / (2 * np.pi)
+    np.testing.assert_allclose(peaks, asked, atol=2)
+
+
+def test_star_beyond_the_edge_sends_its_halo_in():
+    halo = {"light": 0.2, "scale": 10.0, "blue": 1.0}
+    image = draw([(-3.0, 40.0, 1000.0)], plain_optics(halo=halo), 81, 1e-4)
+    r = 20 + 3
+    expected = 1000 * (0.2 * np.exp(-r / 10) / (2 * np.pi * 100))
+    assert image[40, 20] > 0.9 * expected
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stars: magnitudes, colours, catalogue
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slope, span", [(0.5, 9.0), (1.5, 4.0)])
+def test_fluxes_follow_the_truncated_power_law(slope, span):
+    flux = gs.magnitudes_to_flux(np.random.default_rng(1), 20000, slope, span)
+    brightest = 10 ** (0.4 * span)
+    reference = lambda f: (1 - f**-slope) / (1 - brightest**-slope)  # noqa: E731
+    assert statistics.kstest(flux, reference).pvalue > 0.01
+    assert statistics.kstest(flux, lambda f: reference(f) ** 1.1).pvalue < 0.01  # another slope is told apart
+
+
+@pytest.mark.parametrize("kelvin", [3000, 5772, 15000])
+def test_star_colour_is_that_of_a_blackbody(kelvin):
+    bands = [units.Quantity(w, "nm") for w in (610, 540, 460)]
+    ratio = np.array([float(BlackBody(kelvin * units.K)(w) / BlackBody(6500 * units.K)(w)) for w in bands])
+    np.testing.assert_allclose(gs.blackbody_rgb(kelvin)[0], ratio / ratio[1], rtol=1e-5)
+
+
+def test_daostarfinder_finds_the_stars_and_nothing_else():
+    rng = np.random.default_rng(2)
+    grid = np.arange(20, 380, 30)
+    places = np.array(np.meshgrid(grid, grid)).reshape(2, -1).T + rng.uniform(-4, 4, (len(grid) ** 2, 2))
+    flux = gs.magnitudes_to_flux(rng, len(places), 0.8, 7)
+    optics = plain_optics(fwhm=3.5, beta=4.0)
+    sigma = gs.Sprites(optics, (0, 0)).peak / 4  # the faintest star peaks at 4 sigma
+    light = draw(np.column_stack([places, flux]), optics, 400, 0.01 * sigma)
+    found = DAOStarFinder(threshold=5 * sigma, fwhm=3.5)(light + rng.normal(0, sigma, light.shape))
+    seen = np.array([found["x_centroid"], found["y_centroid"]]).T
+    distance = np.hypot(*(places[:, None] - seen[None]).transpose(2, 0, 1))
+    plain = flux * gs.Sprites(optics, (0, 0)).peak > 10 * sigma
+    assert plain.sum() > 60
+    assert (distance[plain].min(axis=1) < 1).mean() >= 0.98
+    assert (distance.min(axis=0) < 2).all()
+
+
+@pytest.mark.parametrize("resized", [0, 1])
+def test_catalogue_tells_where_the_light_is(resized, monkeypatch):
+    """Over several pictures, the light near a lone catalogued star centres on it."""
+    monkeypatch.setattr(gs, "RESIZE_CHANCE", resized)
+    monkeypatch.setattr(gs, "RESIZE", gs.Range(0.6, 0.65))
+    offsets = []
+    for index in range(16):
+        starry, starless, stars = make(index, size=192)
+        light = (starry - starless).astype(float).mean(axis=-1).clip(0)
+        places = np.array([stars["x"], stars["y"]]).T
+        for star, place in zip(stars, places):
+            box = int(2 * star["fwhm"]) + 2
+            column, row = np.round(place).astype(int)
+            others = (np.abs(places - place).max(axis=1) < 2 * box).sum() - 1
+            if others or min(row, column) < box or max(row, column) >= 192 - box:
+                continue
+            window = light[row - box : row + box + 1, column - box : column + box + 1]
+            if window.max() > 0.1:
+                y, x = np.indices(window.shape) - box
+                centroid = np.array([(window * x).sum(), (window * y).sum()]) / window.sum()
+                offsets.append(centroid - (place - [column, row]))
+    assert len(offsets) > 12
+    np.testing.assert_allclose(np.median(offsets, axis=0), 0, atol=0.15)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Exposure
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_star_noise_is_poissons_at_the_asked_gain():
+    light = np.full((200, 200, 3), 0.5, np.float32)
+    noisy = gs.own_noise(np.random.default_rng(0), light, electron=1e-3)
+    assert noisy.mean() == pytest.approx(0.5, rel=0.01)
+    assert noisy.var() == pytest.approx(0.5 * 1e-3, rel=0.03)
+
+
+def test_sky_noise_has_its_sigma_and_grows_with_the_light(monkeypatch):
+    for name in ("CORRELATION_CHANCE", "BANDING_CHANCE", "HOT_PIXEL_CHANCE"):
+        monkeypatch.setattr(gs, name, 0)
+    linear = np.full((256, 256, 3), 0.1, np.float32)
+    linear[:64] = 0.4
+    noise = gs.noise_layer(np.random.default_rng(0), linear, 0.01, 1.0, True)
+    assert noise[64:].std() == pytest.approx(0.01, rel=0.05)
+    assert noise[:64].std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_bleeding_fills_the_column_of_a_saturated_star_alone(monkeypatch):
+    light = np.zeros((64, 64, 3), np.float32)
+    stars = Table({"x": [20.0, 40.0], "y": [30.0, 30.0], "flux": [1000.0, 1.0], "fwhm": [3.0, 3.0]})
+    gs.bleed(np.random.default_rng(0), light, stars, 0.1)
+    lines = light.max(axis=-1) > 0
+    assert lines[:, 20].sum() == lines.sum() >= 12 or lines[30, :].sum() == lines.sum() >= 12
+
+
+@pytest.mark.parametrize("m", [0.01, 0.25, 0.7])
+def test_midtones_transfer_maps_m_to_a_half(m):
+    assert gs.midtones_transfer(m, m) == pytest.approx(0.5)
+    assert gs.midtones_transfer(0.0, m) == 0
+    assert gs.midtones_transfer(1.0, m) == pytest.approx(1)
+
+
+def test_stretches_are_undone_by_their_inverse(monkeypatch):
+    y = np.linspace(0, 1, 101)
+    for kind in gs.STRETCH_SHARES:
+        monkeypatch.setattr(gs, "STRETCH_SHARES", {kind: 1.0})
+        for seed in range(5):
+            forward, inverse = gs.draw_stretch(np.random.default_rng(seed))
+            np.testing.assert_allclose(forward(inverse(y)), y, atol=1e-5)
+            assert (np.diff(forward(y)) > 0).all()
+
+
+def test_turbulence_has_the_power_law_it_says():
+    size, slope = 256, 3.0
+    power = sum(np.abs(np.fft.fft2(gs.turbulence(np.random.default_rng(s), size, slope))) ** 2 for s in range(4))
+    k = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size))) * size
+    rings = np.arange(4, 100)
+    summed = [power[(k >= r - 0.5) & (k < r + 0.5)].sum() for r in rings]
+    assert np.polyfit(np.log(rings), np.log(summed), 1)[0] == pytest.approx(-slope, abs=0.15)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pairs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_where_stars_add_under_half_a_level_the_written_pictures_are_equal(depth, tmp_path):
+    some = False
+    for index in range(10):
+        starry, starless, _ = make(index)
+        for path, image in (("x.png", starry), ("y.png", starless)):
+            gs.write_png(tmp_path / path, image, depth)
+        x, y = (read(tmp_path / name).astype(int) for name in ("x.png", "y.png"))
+        changed = np.abs(x - y) > 0
+        least = 0.5 / 255 * (2**depth - 1)
+        assert np.abs(x - y)[changed].min(initial=10**6) >= int(least)
+        some |= changed.any() and not changed.all()
+    assert some
+
+
+def test_far_from_every_star_nothing_is_changed(monkeypatch):
+    """One population of few stars in the upper half; in the lower half the pictures are equal."""
+    lone = gs.Population(1.0, gs.Range(100, 101), gs.Range(0.2, 0.3), gs.Range(1, 2), gs.Range(1, 1.1), gs.Range(5000, 6000))  # fmt: skip
+    monkeypatch.setattr(gs, "POPULATIONS", {"field": lone})
+    monkeypatch.setattr(gs, "draw_optics", lambda rng, color: plain_optics(fwhm=2.5, beta=4.0))
+    for name in ("CONTRAST_CHANCE", "JPEG_CHANCE"):  # which reach far by design
+        monkeypatch.setattr(gs, name, 0)
+    for index in range(4):
+        starry, starless, stars = make(index, size=256)
+        yy, xx = np.indices(starry.shape[:2])
+        near = np.zeros(xx.shape, bool)
+        for star in stars:
+            near |= np.hypot(xx - star["x"], yy - star["y"]) < 40
+        near |= (np.minimum(xx, yy) < 40) | (np.maximum(xx, yy) >= 216)  # stars beyond the edge
+        assert (~near).any()
+        np.testing.assert_array_equal(starry[~near], starless[~near])
+        assert (starry != starless).any()
+
+
+def test_images_are_finite_and_within_0_and_1():
+    for index in range(20, 28):
+        for image in make(index)[:2]:
+            assert image.shape == (96, 96, 3)
+            assert image.dtype == np.float32
+            assert image.min() >= 0 and image.max() <= 1
+
+
+def test_stars_brighten_the_picture():
+    gained = [float((starry - starless).mean()) for starry, starless, _ in map(make, range(10))]
+    assert min(gained) > -1e-3  # rings of sharpening may darken a little
+    assert np.median(gained) > 0
+
+
+@pytest.mark.parametrize("own_noise", [0, 1])
+def test_gray_pictures_among_colour_pairs_have_no_colour_at_all(own_noise, monkeypatch):
+    giants = gs.Population(1.0, gs.Range(800, 900), gs.Range(0.8, 0.9), gs.Range(4, 5), gs.Range(0.3, 0.4), gs.Range(3000, 9000))  # fmt: skip
+    monkeypatch.setattr(gs, "POPULATIONS", {"giants": giants})
+    monkeypatch.setattr(gs, "GLOW_CHANCE", own_noise)
+    monkeypatch.setattr(gs, "MONO_CHANCE", 1)
+    monkeypatch.setattr(gs, "HALO_LIGHT", gs.Range(0.5, 0.6))
+    monkeypatch.setattr(gs, "HALO_BLUE", gs.Range(2.0, 2.5))
+    for name in ("HALO_CHANCE", "SPIKE_CHANCE", "SPIKE_RAINBOW_CHANCE", "CHROMATIC_CHANCE", "HOT_PIXEL_CHANCE"):
+        monkeypatch.setattr(gs, name, 1)
+    for index in range(4):
+        for image in make(index)[:2]:
+            assert np.ptp(image, axis=-1).max() < 0.5 / 255
+
+
+def test_galaxies_are_wider_than_the_stars():
+    """The brightest galaxy of a field covers more pixels than a star of the same seeing."""
+    width = lambda image: image.sum() ** 2 / (image**2).sum()  # noqa: E731
+    for seed in range(6):
+        star = draw([(64, 64, 1.0)], plain_optics(fwhm=3.0), 129)
+        light = gs.galaxy_field(np.random.default_rng(seed), 256, 3.0).mean(axis=-1).astype(float)
+        peak = np.unravel_index(light.argmax(), light.shape)
+        box = tuple(slice(max(p - 6, 0), p + 7) for p in peak)
+        assert width(light[box]) > width(star[58:71, 58:71])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Photographs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def ramp(height=120, width=150, top=255, dtype=np.uint8, channels=3):
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    planes = [x, y, (x + y) / 2, np.ones_like(x)][:channels]
+    return (np.stack(planes, axis=-1).squeeze() * top).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [ramp(), ramp(channels=1), ramp(channels=4), ramp(top=65535, dtype=np.uint16), ramp(5, 9), ramp(1, 1)],
+    ids=["rgb", "gray", "rgba", "16 bits", "tiny", "one pixel"],
+)
+def test_photographs_of_any_depth_size_and_channels_serve(pixels, tmp_path):
+    path = write_photograph(tmp_path / "photo.png", pixels)
+    starless = make(1, path=path)[1]
+    assert starless.shape == (96, 96, 3)
+    assert np.isfinite(starless).all()
+
+
+@pytest.mark.parametrize("top, dtype", [(255, np.uint8), (65535, np.uint16)])
+def test_photograph_is_read_rgb_from_0_to_1(top, dtype, tmp_path):
+    red = np.zeros((8, 8, 3), dtype)
+    red[..., 2] = top  # OpenCV's order is blue, green, red
+    image = gs.read_background(write_photograph(tmp_path / "red.png", red))
+    np.testing.assert_allclose(image, np.broadcast_to([1.0, 0, 0], (8, 8, 3)))
+
+
+def test_transparency_is_dropped_not_blended(tmp_path):
+    pixels = np.full((8, 8, 4), 200, np.uint8)
+    pixels[..., 3] = 0
+    np.testing.assert_allclose(gs.read_background(write_photograph(tmp_path / "a.png", pixels)), 200 / 255, atol=1e-6)
+
+
+def test_pair_shows_its_photograph(tmp_path):
+    """A bright and a dark half are still told apart behind the stars."""
+    pixels = np.zeros((200, 200, 3), np.uint8)
+    pixels[:, 100:] = 220
+    path = write_photograph(tmp_path / "halves.png", pixels)
+    assert np.median([np.ptp(cv2.blur(make(i, path=path)[1].mean(axis=-1), (9, 9))) for i in range(6)]) > 0.15
+
+
+def test_of_sidd_only_the_clean_photographs_are_taken(tmp_path):
+    for kind in ("GT", "NOISY"):
+        write_photograph(tmp_path / "SIDD/Data/0001_001_S6" / f"0001_{kind}_SRGB_010.PNG", ramp(8, 8))
+    assert [Path(p).name for p in gs.find_photographs([tmp_path])] == ["0001_GT_SRGB_010.PNG"]
+
+
+def test_of_renoir_only_the_reference_photographs_are_taken(tmp_path):
+    for kind in ("Reference", "Noisy"):
+        write_photograph(tmp_path / "Mi3_Aligned/Batch_001" / f"IMG_20160202_015216{kind}.bmp", ramp(8, 8))
+    assert [Path(p).name for p in gs.find_photographs([tmp_path])] == ["IMG_20160202_015216Reference.bmp"]
+
+
+def test_of_a_plain_folder_all_pictures_are_taken_and_nothing_else(tmp_path):
+    for name in ("b.jpg", "a.PNG", "deep/er/c.tif"):
+        write_photograph(tmp_path / name, ramp(8, 8))
+    for name in ("notes.txt", "._b.jpg", ".hidden.png"):
+        (tmp_path / name).write_text("no picture")
+    assert sorted(Path(p).name for p in gs.find_photographs([tmp_path])) == ["a.PNG", "b.jpg", "c.tif"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_command_writes_pairs_catalogues_and_preview_and_nothing_else(pairs):
+    folder, result = pairs
+    assert result.returncode == 0, result.stderr
+    expected = [f"{kind}{i}.png" for kind in "xy" for i in range(4)] + [f"stars{i}.ecsv" for i in range(4)]
+    assert names(folder) == sorted([*expected, "preview.png"])
+
+
+def test_pictures_have_the_asked_size_and_8_bits(pairs):
+    for path in pairs[0].glob("[xy]*.png"):
+        image = read(path)
+        assert image.shape == (96, 96, 3)
+        assert image.dtype == np.uint8
+
+
+def test_preview_shows_starry_above_starless(pairs):
+    sheet = read(pairs[0] / "preview.png")
+    columns = [np.vstack([read(pairs[0] / f"{kind}{i}.png") for kind in "xy"]) for i in range(2)]
+    np.testing.assert_array_equal(sheet, np.hstack(columns))
+
+
+def test_catalogue_lists_the_stars_inside_the_frame(pairs):
+    for i in range(4):
+        stars = Table.read(pairs[0] / f"stars{i}.ecsv")
+        assert stars.colnames == ["x", "y", "flux", "fwhm", "temperature", "population"]
+        assert stars.meta["background"] == "painted"
+        assert len(stars) > 0
+        for axis in ("x", "y"):
+            assert stars[axis].min() > -0.5 and stars[axis].max() < 95.5
+        assert set(stars["population"]) <= set(gs.POPULATIONS)
+
+
+def test_pair_depends_on_seed_and_number_alone(pairs, tmp_path):
+    """Three processes, another start and count: the same bytes as one process wrote."""
+    options = ["--start", "2", "--imcount", "3", "--cpus", "3", "--size", "96", "--seed", "3"]
+    assert command(*options, "--save-dir", tmp_path).returncode == 0
+    for name in ("x2.png", "y2.png", "x3.png", "y3.png"):
+        assert (tmp_path / name).read_bytes() == (pairs[0] / name).read_bytes(), name
+
+
+def test_another_seed_or_number_is_another_picture():
+    first, other_seed, other_number = make(0)[1], make(0, seed=1)[1], make(1)[1]
+    assert (first != other_seed).any()
+    assert (first != other_number).any()
+
+
+def test_resume_keeps_finished_pairs_makes_the_missing_and_says_so(pairs):
+    folder, _ = pairs
+    before = {name: (folder / name).read_bytes() for name in names(folder)}
+    (folder / "y1.png").unlink()
+    (folder / "x0.png").write_bytes(b"kept as it is")
+    result = command(*["--imcount", "4", "--cpus", "1", "--size", "96", "--seed", "3"], "--save-dir", folder)
+    try:
+        assert result.returncode == 0, result.stderr
+        assert "3 of 4 pairs are there and kept" in result.stdout
+        assert (folder / "y1.png").read_bytes() == before["y1.png"]
+        assert (folder / "x0.png").read_bytes() == b"kept as it is"
+    finally:
+        (folder / "x0.png").write_bytes(before["x0.png"])
+
+
+def test_unfinished_is_a_pair_without_its_catalogue_when_one_is_asked(tmp_path):
+    for path in gs.pair_paths(tmp_path, 0):
+        path.touch()
+    assert gs.finished(gs.Settings(save_dir=str(tmp_path)), 0)
+    assert not gs.finished(gs.Settings(save_dir=str(tmp_path), catalog=True), 0)
+
+
+def test_gray_pairs_of_16_bits_over_photographs_past_a_corrupt_one(tmp_path):
+    """--no-color gives one channel, --depth 16 uint16; a photograph that cannot be read is named, the run goes on."""
+    photographs, folder = tmp_path / "photos", tmp_path / "out"
+    write_photograph(photographs / "fine.png", ramp())
+    (photographs / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    result = command(
+        *[
+            "--no-color",
+            "--depth",
+            "16",
+            "--painted",
+            "0",
+            "--imcount",
+            "6",
+            "--cpus",
+            "1",
+            "--size",
+            "64",
+            "--seed",
+            "5",
+        ],
+        *("--backgrounds", photographs, "--save-dir", folder),
+    )
+    settings, found = gs.Settings(seed=5, painted=0.0), gs.find_photographs([photographs])
+    broken = [i for i in range(6) if "broken" in gs.choose_photograph(i, settings, found)]
+    assert 0 < len(broken) < 6
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    for i in broken:
+        assert f"pair {i} (seed 5, background {photographs / 'broken.jpg'})" in result.stderr
+    assert names(folder) == sorted(f"{kind}{i}.png" for kind in "xy" for i in range(6) if i not in broken)
+    for path in folder.iterdir():
+        image = read(path)
+        assert image.shape == (64, 64)
+        assert image.dtype == np.uint16
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
+def test_folder_without_photographs_is_told_in_one_line(exists, tmp_path):
+    photographs, folder = tmp_path / "photos", tmp_path / "out"
+    if exists:
+        photographs.mkdir()
+    result = command("--imcount", 1, "--backgrounds", photographs, "--save-dir", folder)
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert str(photographs) in result.stderr
+    assert not folder.exists()
+
+
+def test_save_dir_that_is_a_file_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        gs.main(["--imcount", "1", "--save-dir", str(tmp_path / "file")])
+    assert "cannot be made a folder" in str(stop.value)
+
+
+@pytest.mark.parametrize("wrong", ["--depth 12", "--size 8", "--imcount 0", "--painted 2", "--start -1"])
+def test_impossible_settings_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gs.parse_arguments(wrong.split())
+    assert stop.value.code == 2
+    assert wrong.split()[0] in capsys.readouterr().err
+
+
+def test_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(gs.os, "replace", full)
+    with pytest.raises(OSError):
+        gs.write_bytes(tmp_path / "x0.png", b"data")
+    assert names(tmp_path) == []
