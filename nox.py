@@ -12,6 +12,7 @@ normalization in it and training on synthetic stars are the original nox's (Chri
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -155,12 +156,29 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default on CPUs wi
 
 import cv2  # noqa: E402
 import h5py  # noqa: E402
-import keras  # noqa: E402
 import matplotlib.figure  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-from keras import layers, ops  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+
+@contextlib.contextmanager
+def silenced():
+    """Nothing reaches the terminal's error stream: TensorFlow's C++ side writes there at import, whatever it is told."""
+    sys.stderr.flush()
+    keep, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(keep, 2)
+        os.close(keep)
+        os.close(sink)
+
+
+with silenced():
+    import keras
+    from keras import layers, ops
 
 # --------------------------------------------------------------------------------------------------------------------
 # Images: read, write
@@ -667,7 +685,8 @@ def inspect_weights(path):
             kernels = []
             file.visititems(lambda name, item: kernels.append(item.shape) if getattr(item, "ndim", 0) == 4 else None)
             if "layer_names" in file.attrs or "model_weights" in file:  # the original's, or any other legacy Keras file
-                first = next(shape for shape in kernels if shape[2] in (1, 3) and shape[0] == 4)
+                # first and last layer have as many channels as the picture; the first has fewer on its other side
+                first = min((shape for shape in kernels if shape[0] == 4 and shape[2] in (1, 3)), key=lambda s: s[3])
                 return Architecture("starnet", first[3], 8, first[2]), ""
     except (OSError, ValueError, TypeError, StopIteration):
         pass
@@ -975,11 +994,11 @@ def feather(length, starts, tile, overlap):
     return np.stack([weight / total[start : start + tile] for weight, start in zip(weights, starts)])
 
 
-def stellar_light(generator, architecture, image, settings, title="stars"):
+def stellar_light(generator, architecture, image, settings, title=None):
     """The light of the stars in an image, same shape, float32; exactly 0 where the network leaves a pixel alone.
 
     Tiles of one shape run through the network one batch at a time and are blended, feathered, where they overlap. The
-    picture is padded by reflection to whole tiles, so that none is of another shape.
+    picture is padded by reflection to whole tiles, so that none is of another shape. title: of the progress bar, or None.
     """
     height, width = image.shape[:2]
     multiple = architecture.multiple
@@ -995,7 +1014,7 @@ def stellar_light(generator, architecture, image, settings, title="stars"):
     weights = [feather(p, s, t, overlap) for p, s, t in zip(padded, starts, tile)]
     light = np.zeros_like(image)
     places = [(i, j) for i in range(len(starts[0])) for j in range(len(starts[1]))]
-    with tqdm(total=len(places), desc=title, unit="tile") as bar:
+    with tqdm(total=len(places), desc=title, unit="tile", disable=title is None) as bar:
         for first in range(0, len(places), settings.batch_size):
             batch = places[first : first + settings.batch_size]
             windows = [
@@ -1023,8 +1042,7 @@ def remove_stars(picture, settings, title):
         kind = {1: "grayscale", 3: "colour"}
         raise BadInput(f"{settings.weights}: {kind[architecture.n_channels]} weights, but a {kind[image.shape[2]]} picture; for gray, --n-channels 1")  # fmt: skip
     light = stellar_light(generator, architecture, image, settings, title)
-    # a star cannot be darker than black nor a fill brighter than white
-    return picture.without(image - (image - light).clip(0, 1) if (image - light).min() < 0 else light)
+    return picture.without(light.clip(image - 1, image))  # what remains lies in 0..1
 
 
 def infer(image, output, overwrite, settings):
@@ -1066,7 +1084,7 @@ def show_pair(generator, architecture, paths, settings):
     starry, truth = (to_unit(pixels) for pixels in read_pair(paths, architecture.n_channels))
     if architecture.n_channels == 1:
         starry, truth = starry[..., :1], truth[..., :1]
-    starless = (starry - stellar_light(generator, architecture, starry, settings, Path(paths[0]).name)).clip(0, 1)
+    starless = (starry - stellar_light(generator, architecture, starry, settings)).clip(0, 1)
     for name, image in ("input.png", starry), ("output.png", starless), ("gt.png", truth):
         write_image(name, image)
     return psnr(starry, truth), psnr(starless, truth)
