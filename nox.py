@@ -14,14 +14,18 @@ normalization in it and training on synthetic stars are the original nox's (Chri
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import uuid
+import warnings
+import zlib
 from pathlib import Path
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -67,6 +71,9 @@ class Training:
     crops: int = setting(2, "crops of each pair in an epoch: decoding a PNG costs as much as a small crop")
     batch_size: int = setting(4, "crops a step: small ones learn more from the same pictures on a CPU")
     lr: float = setting(4e-4, "learning rate of the generator; the discriminator's is a quarter of it")
+    clip: float = setting(
+        0.2, "largest norm of the gradient, four times the usual one: one odd batch must not ruin a run"
+    )
     warmup: int = setting(200, "steps over which the learning rate rises from nothing")
     l1_weight: float = setting(1.0, "weight of the mean absolute error")
     star_weight: float = setting(5.0, "how much more star pixels count in it, faint ones the most")
@@ -109,7 +116,15 @@ def weights_name(n_channels):
     return "generator_color.h5" if n_channels == 3 else "generator_grayscale.h5"
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the list of all options."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
 def add_settings(parser, *classes):
+    """An option for each field of the dataclasses, with its default."""
     for field in (field for cls in classes for field in dataclasses.fields(cls)):
         options = {"default": field.default, **field.metadata}
         options |= {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
@@ -117,7 +132,8 @@ def add_settings(parser, *classes):
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(prog="nox.py", description="Remove the stars from astrophotographs.")
+    """The command line's values; exits with status 2 and one line for a mistake in it."""
+    parser = Parser(prog="nox.py", description="Remove the stars from astrophotographs.")
     commands = parser.add_subparsers(dest="command", required=True)
     form = argparse.ArgumentDefaultsHelpFormatter
     infer = commands.add_parser("infer", help="remove the stars from a picture", formatter_class=form)
@@ -135,15 +151,16 @@ def parse_arguments(arguments=None):
 def check_arguments(parser, values):
     """End with one line for a number out of range."""
     at_least = dict(patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, crops=1, save_freq=1, workers=1)
-    at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0)
+    at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0, seed=0)
     at_least |= {name: 0 for name in ("l1_weight", "star_weight", "adversarial_weight", "feature_weight", "vgg_weight")}
     for name, least in at_least.items():
-        if getattr(values, name, least) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if not 0 <= getattr(values, "ema", 0) < 1 or not 0 <= getattr(values, "weight_ema", 0) < 1:
-        parser.error("--ema and --weight-ema must lie in 0..1, below 1")
-    if getattr(values, "lr", 1) <= 0:
-        parser.error("--lr must be above 0")
+        if not least <= getattr(values, name, least) < 2**31:  # nor not-a-number
+            parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2^31")
+    for name in ("ema", "weight_ema"):
+        if not 0 <= getattr(values, name, 0) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0 and below 1")
+    if not 0 < getattr(values, "lr", 1) <= 1:
+        parser.error("--lr must be above 0 and at most 1")
     if values.command == "infer" and values.stride > values.patch_size:
         parser.error("--stride must not exceed --patch-size, or tiles would leave gaps")
 
@@ -152,6 +169,7 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # answers --help and mistakes before Keras takes its seconds to load
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's notes on the machine are no concern of the user
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # it warns of every TIFF with alpha
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default on CPUs without AVX-512; 1.5 times faster there
 
 import cv2  # noqa: E402
@@ -164,7 +182,10 @@ from tqdm import tqdm  # noqa: E402
 
 @contextlib.contextmanager
 def silenced():
-    """Nothing reaches the terminal's error stream: TensorFlow's C++ side writes there at import, whatever it is told."""
+    """Nothing reaches the error stream: TensorFlow, libpng and libjpeg write there from C++, whatever they are told.
+
+    Not for use in several threads at once.
+    """
     sys.stderr.flush()
     keep, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -206,12 +227,10 @@ class Picture:
 
     def without(self, light):
         """The picture less the light taken away (an image), in its own depth; where that is 0, the very same bits."""
-        taken = light.astype(np.float64) * self.white
+        rest = self.pixels - light.astype(np.float64) * self.white
         if self.pixels.dtype.kind in "ui":
-            rest = (self.pixels.astype(np.int64) - np.rint(taken).astype(np.int64)).clip(0, int(self.white))
-        else:
-            rest = np.where(light != 0, self.pixels - taken, self.pixels)
-        return Picture(rest.astype(self.pixels.dtype), self.alpha)
+            rest = np.rint(rest).clip(0, self.white)
+        return Picture(np.where(light != 0, rest, self.pixels).astype(self.pixels.dtype), self.alpha)
 
     def gray(self):
         """The luminance (ITU-R BT.601) of a colour picture, as a picture of one channel."""
@@ -220,6 +239,10 @@ class Picture:
         luminance = self.pixels.astype(np.float64) @ np.array([[0.299], [0.587], [0.114]])
         luminance = np.rint(luminance) if self.pixels.dtype.kind in "ui" else luminance
         return Picture(luminance.astype(self.pixels.dtype), self.alpha)
+
+    def corner(self):
+        """Its first pixel, to try out what files can hold it."""
+        return Picture(self.pixels[:1, :1], None if self.alpha is None else self.alpha[:1, :1])
 
 
 def read_picture(path):
@@ -242,37 +265,63 @@ def read_picture(path):
     if pixels.dtype.kind not in "uif":
         raise BadInput(f"{path}: pixels of type {pixels.dtype} are not supported")
     pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if data[:8].tobytes() == PNG_SIGNATURE and data[25] == PNG_GRAY_ALPHA and pixels.shape[2] == 4:
+        pixels = pixels[..., 2:]  # OpenCV repeats gray to three channels
     channels = pixels.shape[2]
     alpha = pixels[..., -1] if channels in (2, 4) else None
     color = pixels[..., :1] if channels < 3 else pixels[..., 2::-1]
     return Picture(np.ascontiguousarray(color), alpha)
 
 
+PNG_SIGNATURE, PNG_GRAY_ALPHA = b"\x89PNG\r\n\x1a\n", 4
+HOLDS = {
+    ".png": "uint8 uint16 alpha",
+    ".tif": "uint8 uint16 uint32 int8 int16 int32 float32 float64 alpha",
+    ".jpg": "uint8",
+    ".bmp": "uint8",
+}  # what OpenCV writes as it is; anything else it turns into 8 bits without a word
+HOLDS |= {".tiff": HOLDS[".tif"], ".jpeg": HOLDS[".jpg"]}
+
+
 def encode_picture(picture, extension):
     """The bytes of a file of that extension; raises BadInput when it cannot hold the picture."""
+    if extension not in HOLDS:
+        raise BadInput(f"{extension or 'nameless'} files are not written; name a .png, .tif or .jpg file with -o")
+    needed = [str(picture.pixels.dtype)] + ["alpha"] * (picture.alpha is not None)
+    for need in needed:
+        if need not in HOLDS[extension].split():
+            raise BadInput(f"a {extension} file cannot hold {need}; name a .tif file with -o")
     pixels = picture.pixels[..., ::-1]
     if picture.alpha is not None:
-        if pixels.shape[2] == 1:  # OpenCV writes alpha beside three channels only; its gray PNG reads back as such
-            pixels = np.repeat(pixels, 3, axis=2)
-        pixels = np.dstack([pixels, picture.alpha])
+        if pixels.shape[2] == 1 and extension == ".png":
+            return encode_gray_alpha(np.dstack([pixels, picture.alpha]))
+        pixels = np.dstack([*np.broadcast_to(pixels, (*pixels.shape[:2], 3)).transpose(2, 0, 1), picture.alpha])
     quality = [cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    if extension in (".png", ".jpg", ".jpeg", ".bmp") and pixels.dtype not in (np.uint8, np.uint16):
-        raise BadInput(f"a {extension} file cannot hold {pixels.dtype} pixels; name a .tif file with -o")
-    if extension in (".jpg", ".jpeg", ".bmp") and (pixels.dtype != np.uint8 or pixels.shape[2] == 4):
-        raise BadInput(f"a {extension} file cannot hold 16 bits or alpha; name a .png or .tif file with -o")
     try:
         done, data = cv2.imencode(extension, np.ascontiguousarray(pixels), quality if "jp" in extension else [])
     except cv2.error:
         done = False
     if not done:
-        raise BadInput(f"a picture cannot be written as {extension}; name a .png, .tif or .jpg file with -o")
+        raise BadInput(f"the picture cannot be written as {extension}; name a .png, .tif or .jpg file with -o")
     return data.tobytes()
+
+
+def encode_gray_alpha(pixels):
+    """The bytes of a PNG file of gray and alpha, shape (height, width, 2), which OpenCV reads but does not write."""
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, PNG_GRAY_ALPHA, 0, 0, 0)
+    rows = pixels.astype(pixels.dtype.newbyteorder(">")).reshape(height, -1)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))  # 0: a row without filter
+    chunks = (b"IHDR" + header, b"IDAT" + body, b"IEND")
+    return PNG_SIGNATURE + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
 
 
 def write_bytes(path, data):
     """Write to a temporary file, then rename: nobody ever sees half a file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".nox{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
@@ -343,29 +392,39 @@ def to_unit(pixels):
 
 
 class Pairs(keras.utils.PyDataset):
-    """Batches (starry, star-free) of float32 crops, shape (batch, size, size, n_channels), 0..1.
+    """An endless run of batches (starry, star-free): float32 crops, shape (batch, size, size, n_channels), 0..1.
 
-    Every pair is read once an epoch. Training crops are random and augmented; validation crops are the centres.
+    Every pair is read once an epoch, which has self.steps batches. Training crops are random and augmented; validation
+    crops are the centres. Epoch and step are told from the running number of the batch, counted from the epoch
+    self.start: Keras reads ahead into the next epoch before any callback could say that it has begun.
+    A pair that cannot be used raises BadInput and stays in self.broken: raised in a worker, it reaches the caller of
+    fit as some error of the backend's.
     """
+
+    num_batches = None  # endless, to Keras
 
     def __init__(self, pairs, settings, n_channels, augment):
         super().__init__(workers=settings.workers, max_queue_size=8)
         self.pairs, self.settings, self.n_channels, self.augment = pairs, settings, n_channels, augment
         self.crops = settings.crops if augment else 1
-        self.epoch = 0  # set by the callback Progress; with the seed it fixes order and crops
-
-    def __len__(self):
-        return -(-len(self.pairs) * self.crops // self.settings.batch_size)
+        self.steps = -(-len(pairs) * self.crops // settings.batch_size)
+        self.start = 0
+        self.broken = None
 
     def __getitem__(self, index):
+        seed, (epoch, step) = self.settings.seed, divmod(index + self.start * self.steps, self.steps)
         jobs = list(range(len(self.pairs) * self.crops))
         if self.augment:  # whole pairs are shuffled, so that the crops of one stand together and it is read once
-            order = np.random.default_rng([self.settings.seed, self.epoch]).permutation(len(self.pairs))
+            order = np.random.default_rng([seed, epoch]).permutation(len(self.pairs))
             jobs = [pair for pair in order for _ in range(self.crops)]
-        jobs = jobs[index * self.settings.batch_size : (index + 1) * self.settings.batch_size]
-        rng = np.random.default_rng([self.settings.seed, self.epoch, index])
-        read = {job: read_pair(self.pairs[job], self.n_channels) for job in dict.fromkeys(jobs)}
-        crops = [self.crop(rng, self.pairs[job], *read[job]) for job in jobs]
+        jobs = jobs[step * self.settings.batch_size : (step + 1) * self.settings.batch_size]
+        rng = np.random.default_rng([seed, epoch, step])
+        try:
+            read = {job: read_pair(self.pairs[job], self.n_channels) for job in dict.fromkeys(jobs)}
+            crops = [self.crop(rng, self.pairs[job], *read[job]) for job in jobs]
+        except BadInput as error:
+            self.broken = error
+            raise
         starry, starless = (np.stack(images) for images in zip(*crops))
         return augmented(rng, starry, starless) if self.augment else (starry, starless)
 
@@ -484,9 +543,10 @@ class Gate(layers.Layer):
 
 
 def residual_block(x):
-    """x + conv(relu(conv(x))), 3x3; starts as the identity."""
+    """x + conv(relu(conv(norm(x)))), 3x3; starts as the identity. Without the norm, whole layers of ReLUs died."""
     channels = x.shape[-1]
-    y = layers.Conv2D(channels, 3, padding="same", activation="relu", kernel_initializer="he_normal")(x)
+    y = layers.RMSNormalization()(x)
+    y = layers.Conv2D(channels, 3, padding="same", activation="relu", kernel_initializer="he_normal")(y)
     return layers.Add()([x, layers.Conv2D(channels, 3, padding="same", kernel_initializer="zeros")(y)])
 
 
@@ -510,7 +570,7 @@ def build_nox(width, levels, n_channels):
     for skip in reversed(skips):
         x = layers.Conv2DTranspose(skip.shape[-1], 2, 2, kernel_initializer=quiet)(x)
         x = residual_block(layers.Add()([x, skip]))
-    x = layers.ReLU()(x)
+    x = layers.LeakyReLU(negative_slope=0.2)(x)
     options = {"kernel_size": 4, "strides": 2, "padding": "same", "kernel_initializer": quiet}
     gate = layers.Conv2DTranspose(n_channels, bias_initializer=keras.initializers.Constant(0.05), **options)(x)
     fill = layers.Conv2DTranspose(n_channels, **options)(x)
@@ -530,13 +590,17 @@ def build_discriminator(n_channels, width=32):
     return keras.Model(image, [*features, layers.Conv2D(1, 3, padding="same")(x)], name="discriminator")
 
 
+def first_line(error):
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]
+
+
 def build_vgg(weights, n_channels):
     """Frozen features of VGG19 (block 3, before pooling) of images; weights: a file without top, or "imagenet"."""
     try:
         vgg = keras.applications.VGG19(include_top=False, weights=weights)
     except Exception as error:  # no network, no such file, or a foreign one: Keras raises various types
-        reason = str(error).splitlines()[0][:120]
-        raise BadInput(f"VGG19 weights {weights!r}: {reason}; give --vgg-weights FILE, or --vgg-weight 0") from None
+        reason = first_line(error) if weights == "imagenet" or Path(weights).is_file() else "no such file"
+        raise BadInput(f"VGG19 weights {weights}: {reason}; give --vgg-weights FILE, or --vgg-weight 0") from None
     image = keras.Input((None, None, n_channels))
     rgb = image if n_channels == 3 else ops.repeat(image, 3, axis=-1)
     caffe = ops.flip(rgb, axis=-1) * 255 - ops.convert_to_tensor([103.939, 116.779, 123.68])
@@ -646,6 +710,9 @@ class TwoRateAdam(keras.optimizers.Adam):
             learning_rate = learning_rate * ops.minimum(1.0, (ops.cast(self.iterations, "float32") + 1) / self.warmup)
         super().update_step(gradient, variable, learning_rate / 4 if id(variable) in self.slow else learning_rate)
 
+    def finalize_variable_values(self, variables):
+        """Nothing: Keras would put the averages in place of the weights when fit ends, which a resumed run cannot."""
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Weights: one file format for ours, the original's read as well
@@ -688,7 +755,7 @@ def inspect_weights(path):
                 # first and last layer have as many channels as the picture; the first has fewer on its other side
                 first = min((shape for shape in kernels if shape[0] == 4 and shape[2] in (1, 3)), key=lambda s: s[3])
                 return Architecture("starnet", first[3], 8, first[2]), ""
-    except (OSError, ValueError, TypeError, StopIteration):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
     raise BadInput(f"{path}: not a weights file of nox")
 
@@ -699,12 +766,12 @@ def load_weights(generator, path):
     with h5py.File(path) as file:
         ours = "nox" in file.attrs
     try:
-        with tempfile.TemporaryDirectory() as folder:  # Keras tells its formats apart by name, not by content
-            copy = Path(folder) / ("copy.weights.h5" if ours else "copy.h5")
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+            copy = Path(folder) / ("copy.weights.h5" if ours else "copy.h5")  # Keras goes by the name, not the content
             shutil.copyfile(path, copy)
             generator.load_weights(copy)
-    except (ValueError, KeyError, OSError) as error:
-        raise BadInput(f"{path}: does not fit the network ({str(error).splitlines()[0][:120]})") from None
+    except Exception as error:  # Keras and h5py raise various types
+        raise BadInput(f"{path}: does not fit the network ({first_line(error)})") from None
 
 
 def load_generator(path):
@@ -723,20 +790,22 @@ def start_from(generator, architecture, path):
         raise BadInput(f"{path}: holds another network; start from it with {flags}")
     weights = source.get_weights()
     if (found.n_channels, architecture.n_channels) == (3, 1):
-        shapes = [tuple(v.shape) for v in generator.weights]
-        weights = [fold_channels(w, shape) for w, shape in zip(weights, shapes)]
+        weights = fold_channels(weights, [tuple(v.shape) for v in generator.weights])
     elif found.n_channels != architecture.n_channels:
         raise BadInput(f"{path}: grayscale weights cannot start the colour network")
     generator.set_weights(weights)
 
 
-def fold_channels(weight, shape):
-    """A colour network's weight for gray: the sum over input channels, the mean over output channels."""
-    if weight.shape == shape:
-        return weight
-    if weight.ndim == 4 and weight.shape[:2] == shape[:2] and weight.shape[2] == 3 and weight.shape[3] == shape[3] != 1:
-        return weight.sum(axis=2, keepdims=True)
-    return weight.mean(axis=weight.ndim - 1 if weight.ndim == 1 else 2, keepdims=True)
+def fold_channels(weights, shapes):
+    """A colour network's weights for gray, of these shapes: summed over input channels, averaged over output channels.
+
+    The first convolution alone sees channels of the picture, three for each kind of contrast; kernels of the transposed
+    convolutions that make pictures have shape (height, width, n_channels, inputs).
+    """
+    first, *others = weights
+    first = first.reshape(*first.shape[:2], -1, 3, first.shape[3]).sum(axis=3)
+    outputs = zip(others, shapes[1:])
+    return [first, *(w if w.shape == shape else w.mean(axis=min(w.ndim - 1, 2), keepdims=True) for w, shape in outputs)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -744,25 +813,17 @@ def fold_channels(weight, shape):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Progress(keras.callbacks.Callback):
-    """Tells the data which epoch it is, and turns the discriminator on when its epoch has come."""
-
-    def __init__(self, data):
-        super().__init__()
-        self.data = data
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.data.epoch = epoch
-
-
 class History(keras.callbacks.Callback):
     """history.csv: one row an epoch, with exponential moving averages of loss and PSNR; never an epoch twice.
 
+    It comes first of the callbacks and ends a run whose loss is not finite, before a good state is written over.
+
     ema is per step, the row per epoch of n steps: the average moves by 1 - ema^n towards the epoch's mean and is
-    corrected for its start at zero, so it is restored from the last row alone.
+    corrected for its start at zero, so it is restored from the last row alone. It starts anew with the adversary, who
+    adds terms to the loss.
     """
 
-    SMOOTHED = ("generator", "psnr")
+    SMOOTHED = ("generator", "psnr", "val_generator", "val_psnr")
 
     def __init__(self, path, copy, ema, steps, start):
         """path: the run's own file, in its checkpoint; copy: where the user looks; start: epoch to go on from."""
@@ -773,20 +834,27 @@ class History(keras.callbacks.Callback):
 
     def rows(self, before=sys.maxsize):
         """The rows of the epochs before one, as a DataFrame."""
-        if not self.path.exists():
-            return pd.DataFrame({"epoch": []})
-        table = pd.read_csv(self.path)
-        return table[table["epoch"] < before]
+        table = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame({"epoch": []})
+        return table.astype({"epoch": int})[table["epoch"] < before]
+
+    def comparable(self, before=sys.maxsize):
+        """Those of them whose loss has the terms that it has now."""
+        table = self.rows(before)
+        had = table["discriminator"].notna() if "discriminator" in table else np.zeros(len(table), bool)
+        return table[had == self.model.adversarial]
 
     def on_epoch_end(self, epoch, logs=None):
-        past = self.rows(epoch)
-        row = {"epoch": epoch, **logs, "learning_rate": float(self.model.optimizer.learning_rate)}
-        old, new = 1 - self.keep**epoch, 1 - self.keep ** (epoch + 1)
-        for name in (prefix + name for prefix in ("", "val_") for name in self.SMOOTHED if prefix + name in row):
-            before = past[f"ema_{name}"].iloc[-1] if len(past) and f"ema_{name}" in past else 0.0
-            row[f"ema_{name}"] = (self.keep * old * before + (1 - self.keep) * row[name]) / max(new, 1e-12)
-            logs[f"ema_{name}"] = row[f"ema_{name}"]
-        table = pd.concat([past, pd.DataFrame([row])], ignore_index=True)
+        if not np.isfinite(logs["generator"]):
+            reason = f"the loss of epoch {epoch + 1} is {logs['generator']}"
+            raise BadInput(f"{reason}; the epoch before is kept, try a lower --lr")
+        row, past = {"epoch": epoch, **logs}, self.comparable(epoch)
+        row["learning_rate"] = float(self.model.optimizer.learning_rate)
+        for name in (name for name in self.SMOOTHED if name in logs):
+            averages = past[f"ema_{name}"].dropna() if f"ema_{name}" in past else past["epoch"][:0]
+            total = (1 - self.keep ** len(averages)) * (averages.iloc[-1] if len(averages) else 0)
+            average = (self.keep * total + (1 - self.keep) * logs[name]) / (1 - self.keep ** (len(averages) + 1))
+            row[f"ema_{name}"] = logs[f"ema_{name}"] = float(average)
+        table = pd.concat([self.rows(epoch), pd.DataFrame([row])], ignore_index=True)
         for path in (self.path, self.copy):
             write_bytes(path, table.to_csv(index=False).encode())
 
@@ -801,8 +869,9 @@ class Plateau(keras.callbacks.ReduceLROnPlateau):
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         rate = float(self.model.optimizer.learning_rate)
-        for row in self.history.rows().to_dict("records"):
-            super().on_epoch_end(int(row["epoch"]), row)
+        for row in self.history.comparable().to_dict("records"):
+            if not np.isnan(row.get(self.monitor, np.nan)):
+                super().on_epoch_end(row["epoch"], row)
         self.model.optimizer.learning_rate = rate
 
 
@@ -825,14 +894,19 @@ class Checkpoint(keras.callbacks.Callback):
     def restore(self, model):
         """Load the last state into a compiled model; returns the number of epochs done, 0 without a state."""
         files = self.files()
+        done = max(files, default=0)
         if files:
-            model.optimizer.build(model.trainable_variables)
-            model.load_weights(files[max(files)])
-        return max(files, default=0)
+            try:
+                with warnings.catch_warnings(action="error", category=UserWarning):
+                    model.load_weights(files[done])  # Keras leaves an optimizer that does not fit out, with a warning
+            except Exception as error:  # Keras and h5py raise various types
+                advice = "go on with the settings it was begun with, or move the folder away"
+                raise BadInput(f"{files[done]}: does not fit ({first_line(error)}); {advice}") from None
+        return done
 
     def on_epoch_end(self, epoch, logs=None):
         earlier = self.files().values()
-        temporary = self.folder / f"writing{os.getpid()}.weights.h5"
+        temporary = self.folder / "writing.weights.h5"
         self.model.save_weights(temporary, overwrite=True)
         os.replace(temporary, self.folder / f"epoch{epoch + 1}.weights.h5")
         for file in earlier:
@@ -845,34 +919,28 @@ class Outputs(keras.callbacks.Callback):
 
     def __init__(self, architecture, settings, run, pairs, history):
         super().__init__()
-        self.architecture, self.settings, self.run, self.pairs, self.history = (
-            architecture,
-            settings,
-            run,
-            pairs,
-            history,
-        )
+        self.architecture, self.settings, self.run = architecture, settings, run
+        self.pairs, self.history = pairs, history
+        self.generator = build_generator(architecture)
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.settings.save_freq and epoch + 1 != self.settings.epochs:
             return
-        generator = averaged(self.model, self.architecture)
-        save_weights(generator, self.architecture, self.architecture.weights_name, self.run)
+        take_average(self.generator, self.model)
+        save_weights(self.generator, self.architecture, self.architecture.weights_name, self.run)
         write_plot("training.png", pd.read_csv(self.history.path))
         paths = self.pairs[np.random.default_rng([self.settings.seed, epoch]).integers(len(self.pairs))]
-        show_pair(generator, self.architecture, paths, Inference(patch_size=512, stride=448))
+        show_pair(self.generator, self.architecture, paths, Inference(patch_size=512, stride=448))
 
 
-def averaged(model, architecture):
-    """A generator with the moving average of the trained one's weights, which the optimizer keeps."""
-    generator = build_generator(architecture)
-    generator.set_weights(model.generator.get_weights())
-    if model.optimizer.use_ema:
-        own = {id(v): i for i, v in enumerate(model.trainable_variables)}
-        averages = [v for v in model.optimizer.variables if v.path.endswith("_average")]
-        for target, source in zip(generator.trainable_variables, model.generator.trainable_variables):
-            target.assign(averages[own[id(source)]])
-    return generator
+def take_average(generator, model):
+    """Give a generator the moving average of the trained one's weights, which the optimizer keeps, if it does."""
+    averages = [v for v in model.optimizer.variables if v.path.endswith("_average")] if model.optimizer.use_ema else []
+    average_of = {id(v): average for v, average in zip(model.trainable_variables, averages)}
+    best = [average_of.get(id(v), v) for v in model.generator.weights]
+    generator.set_weights(
+        [np.array(ops.convert_to_numpy(v)) for v in best]
+    )  # copies: JAX deletes what predict was given
 
 
 def write_plot(path, table):
@@ -889,9 +957,9 @@ def write_plot(path, table):
     axes[0].set_yscale("log")
     axes[2].set_yscale("log")
     axes[2].set_xlabel("epoch")
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -913,7 +981,10 @@ def open_run(folder, architecture):
     run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture)}
     fresh = not record.exists()
     if not fresh:
-        run = json.loads(record.read_text())
+        try:
+            run = json.loads(record.read_text())
+        except ValueError:
+            raise BadInput(f"{record}: cannot be read; move {folder} away to begin anew") from None
         if run["architecture"] != dataclasses.asdict(architecture):
             flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in run["architecture"].items())
             raise BadInput(f"{folder}: holds a run with {flags}; go on with these, or move the folder away")
@@ -940,26 +1011,27 @@ def train(architecture, settings):
     if settings.patch_size % architecture.multiple:
         raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
     pairs, held = split_pairs(find_pairs(settings.data), settings.validation, settings.seed)
+    data = Pairs(pairs, settings, architecture.n_channels, augment=True)
+    check = Pairs(held, settings, architecture.n_channels, augment=False) if held else None
+    for some in filter(None, (data, check)):
+        some[0]  # names a pair that cannot be used before anything starts
     model = Nox(architecture, settings)
     folder = Path("checkpoint") / Path(architecture.weights_name).stem
     if settings.weights and not (folder / "run.json").exists():
         start_from(model.generator, architecture, settings.weights)
     run = open_run(folder, architecture)
 
-    data = Pairs(pairs, settings, architecture.n_channels, augment=True)
-    data[0]  # names a pair that cannot be used before anything starts
-    check = Pairs(held, settings, architecture.n_channels, augment=False) if held else None
     optimizer = TwoRateAdam(
-        slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr,
+        slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr, global_clipnorm=settings.clip,
         beta_2=0.99, use_ema=settings.weight_ema > 0, ema_momentum=settings.weight_ema or 0.99,
     )  # fmt: skip
     checkpoint = Checkpoint(folder)
     model.compile(optimizer=optimizer, jit_compile=False)
+    optimizer.build(model.trainable_variables)  # now, or TensorFlow traces the first step twice
     start = checkpoint.restore(model)
-    history = History(folder / "history.csv", Path("history.csv"), settings.ema, len(data), start)
+    history = History(folder / "history.csv", Path("history.csv"), settings.ema, data.steps, start)
     monitor = "ema_val_generator" if held else "ema_generator"
     callbacks = [
-        Progress(data),
         history,
         Plateau(history, monitor=monitor, patience=settings.patience, cooldown=settings.cooldown),
         Outputs(architecture, settings, run, held or pairs, history),
@@ -969,8 +1041,18 @@ def train(architecture, settings):
     for last, model.adversarial in ((min(settings.adversarial_from, settings.epochs), False), (settings.epochs, True)):
         if start < last:
             model.compile(optimizer=optimizer, jit_compile=False)  # the step is built anew, with or without adversary
-            model.fit(data, validation_data=check, initial_epoch=start, epochs=last, callbacks=callbacks)
+            data.start = start
+            fit(model, data, check, initial_epoch=start, epochs=last, callbacks=callbacks)
             start = last
+
+
+def fit(model, data, check, **options):
+    """model.fit, where a pair that cannot be used is told as just that."""
+    try:
+        steps = {"steps_per_epoch": data.steps, "validation_steps": check and check.steps}
+        model.fit(data, validation_data=check, shuffle=False, **steps, **options)
+    except Exception as error:
+        raise data.broken or (check and check.broken) or error from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1021,7 +1103,8 @@ def stellar_light(generator, architecture, image, settings, title=None):
                 np.s_[starts[0][i] : starts[0][i] + tile[0], starts[1][j] : starts[1][j] + tile[1]] for i, j in batch
             ]
             tiles = np.stack([image[window] for window in windows])
-            full = np.concatenate([tiles, np.repeat(tiles[-1:], settings.batch_size - len(batch), axis=0)])
+            missing = min(settings.batch_size, len(places)) - len(batch)  # every batch is of the same shape
+            full = np.concatenate([tiles, np.repeat(tiles[-1:], missing, axis=0)])
             starless = np.asarray(generator.predict_on_batch(full), np.float32)[: len(batch)]
             for (i, j), window, removed in zip(batch, windows, tiles - starless):
                 light[window] += removed * (weights[0][i][:, None] * weights[1][j])[..., None]
@@ -1037,10 +1120,11 @@ def weights_for(settings, n_channels):
 def remove_stars(picture, settings, title):
     """The picture without its stars, in its own depth and channels."""
     image = picture.image()
-    generator, architecture = load_generator(weights_for(settings, image.shape[2]))
-    if architecture.n_channels != image.shape[2]:
+    weights = weights_for(settings, image.shape[2])
+    generator, architecture = load_generator(weights)
+    if (taken := architecture.n_channels) != (given := image.shape[2]):
         kind = {1: "grayscale", 3: "colour"}
-        raise BadInput(f"{settings.weights}: {kind[architecture.n_channels]} weights, but a {kind[image.shape[2]]} picture; for gray, --n-channels 1")  # fmt: skip
+        raise BadInput(f"{weights}: {kind[taken]} weights, but a {kind[given]} picture; see --n-channels {taken}")
     light = stellar_light(generator, architecture, image, settings, title)
     return picture.without(light.clip(image - 1, image))  # what remains lies in 0..1
 
@@ -1048,9 +1132,12 @@ def remove_stars(picture, settings, title):
 def infer(image, output, overwrite, settings):
     """Write the starless picture and, where no output is named, a copy of the starry one."""
     source = Path(image)
-    picture = read_picture(source)
+    with silenced():  # libpng and libjpeg
+        picture = read_picture(source)
     extension = {".tiff": ".tif", ".jpeg": ".jpg"}.get(source.suffix.lower(), source.suffix.lower()) or ".png"
     target = Path(output) if output else Path("starless" + extension)
+    if target.is_dir():
+        raise BadInput(f"{target}: is a folder; name a file with -o")
     if output and not target.suffix:
         target = target.with_name(target.name + extension)
     if target.exists() and target.samefile(source):
@@ -1059,24 +1146,24 @@ def infer(image, output, overwrite, settings):
         raise BadInput(f"{target}: exists; --overwrite replaces it")
     if not target.parent.is_dir():
         raise BadInput(f"{target.parent}: no such folder")
-    if settings.n_channels == 1:
-        picture = picture.gray()
-    if settings.n_channels == 3 and picture.pixels.shape[2] == 1:
-        picture = Picture(np.repeat(picture.pixels, 3, axis=2), picture.alpha)
+    starry = in_channels(picture, settings.n_channels)
     try:
-        encode_picture(
-            Picture(picture.pixels[:1, :1], None if picture.alpha is None else picture.alpha[:1, :1]),
-            target.suffix.lower(),
-        )
-    except BadInput as error:  # told before the long work, not after it
+        encode_picture(starry.corner(), target.suffix.lower())  # told before the long work, not after it
+    except BadInput as error:
         raise BadInput(f"{target}: {error}") from None
-    starless = remove_stars(picture, settings, source.name)
+    starless = remove_stars(starry, settings, source.name)
     write_bytes(target, encode_picture(starless, target.suffix.lower()))
-    if not output:
-        copy = Path("starry" + extension)
-        if not (copy.exists() and copy.samefile(source)):
-            gray = settings.n_channels == 1
-            write_bytes(copy, encode_picture(picture, extension) if gray else source.read_bytes())
+    copy = Path("starry" + extension)
+    if not output and not (copy.exists() and copy.samefile(source)):
+        grayed = starry.pixels.shape[2] < picture.pixels.shape[2]
+        write_bytes(copy, encode_picture(starry, extension) if grayed else source.read_bytes())
+
+
+def in_channels(picture, n_channels):
+    """The picture as --n-channels has it: 1 turns colour into gray, 3 gray into colour, 0 leaves it as it is."""
+    if n_channels == 3 and picture.pixels.shape[2] == 1:
+        return Picture(np.repeat(picture.pixels, 3, axis=2), picture.alpha)
+    return picture.gray() if n_channels == 1 else picture
 
 
 def show_pair(generator, architecture, paths, settings):
@@ -1120,10 +1207,8 @@ def main(values):
     except BadInput as error:
         sys.exit(f"nox.py: {error}")
     except KeyboardInterrupt:
-        sys.exit(
-            "nox.py: interrupted"
-            + ("; the same command goes on from the last epoch" if values.command == "train" else "")
-        )
+        advice = "; the same command goes on from the last epoch" if values.command == "train" else ""
+        sys.exit(f"\nnox.py: interrupted{advice}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1151 @@
+"""Behaviour of nox.py: pictures in and out, formulas against numpy, training that survives, weights, command line."""
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import nox  # noqa: E402
+from nox import keras  # noqa: E402
+
+TINY = ["--width", "4", "--levels", "2", "--patch-size", "32", "--batch-size", "4", "--crops", "4", "--lr", "3e-3",
+        "--warmup", "2", "--workers", "1"]  # fmt: skip
+ARCHITECTURE = nox.Architecture(width=4, levels=2)
+
+if keras.backend.backend() == "tensorflow":
+    importlib.import_module("tensorflow").config.experimental.enable_op_determinism()  # to compare one run with another
+
+# --------------------------------------------------------------------------------------------------------------------
+# Helpers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    """A command, parsed and run in this process."""
+    nox.main(nox.parse_arguments([str(argument) for argument in arguments]))
+
+
+def mistake(*arguments):
+    """The one line with which a command that cannot be done ends."""
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert isinstance(caught.value.code, str)
+    assert len(caught.value.code.strip().splitlines()) == 1
+    return caught.value.code
+
+
+def shell(*arguments, timeout=120, **environment):
+    """The real command line; the result has returncode, stdout and stderr."""
+    line = [sys.executable, str(ROOT / "nox.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
+
+
+def names(folder="."):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def read(path):
+    """A file's pixels as OpenCV has them, shape (height, width, channels)."""
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def noise(height, width, channels, dtype="uint8"):
+    """Random pixels over the type's whole range, the same for the same arguments."""
+    rng = np.random.default_rng([height, width, channels])
+    values = rng.random((height, width, channels))
+    return (values if dtype.startswith("float") else np.rint(values * np.iinfo(dtype).max)).astype(dtype)
+
+
+def write(path, pixels):
+    """Write pixels (BGR, as OpenCV has them; two channels are gray and alpha) and return the path."""
+    gray_alpha = pixels.shape[2] == 2
+    data = nox.encode_gray_alpha(pixels) if gray_alpha else cv2.imencode(Path(path).suffix, pixels)[1].tobytes()
+    Path(path).write_bytes(data)
+    return Path(path)
+
+
+def randomized(generator, scale=0.1):
+    """The generator with every weight drawn anew, so that none is still the neutral one it started with."""
+    rng = np.random.default_rng(0)
+    generator.set_weights([w + rng.normal(0, scale, w.shape) for w in generator.get_weights()])
+    return generator
+
+
+def gate_layer(generator):
+    """The layer of a nox generator that computes the gate."""
+    return generator.layers[-1].input[1]._keras_history.operation
+
+
+def without_effect(generator):
+    """The generator with a gate that is 0 everywhere."""
+    gate = gate_layer(generator)
+    gate.set_weights([0 * w for w in gate.get_weights()])
+    return generator
+
+
+def make_pairs(folder, count=6, size=48, channels=3):
+    """Pairs of a gradient with a few Gaussian stars, and without."""
+    folder.mkdir()
+    y, x = np.mgrid[:size, :size]
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        sky = np.repeat((40 + 80 * x / size * rng.random())[..., None], channels, axis=2)
+        stars = sum(
+            rng.uniform(50, 300) * np.exp(-((x - rng.random() * size) ** 2 + (y - rng.random() * size) ** 2) / 3)
+            for _ in range(12)
+        )
+        write(folder / f"y{i}.png", np.rint(sky).astype(np.uint8))
+        write(folder / f"x{i}.png", np.rint(sky + stars[..., None]).clip(0, 255).astype(np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_pairs(tmp_path_factory.mktemp("data") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """{kind: weights file} of tiny networks: random ones by number of channels, and ones that change nothing."""
+    folder, files = tmp_path_factory.mktemp("weights"), {}
+    for channels in 1, 3:
+        architecture = nox.Architecture(width=4, levels=2, n_channels=channels)
+        for kind, change in ("random", randomized), ("identity", without_effect):
+            files[kind, channels] = folder / f"{kind}{channels}.h5"
+            nox.save_weights(change(nox.build_generator(architecture)), architecture, files[kind, channels])
+    return files
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+load_once = functools.cache(nox.load_generator)
+
+
+@pytest.fixture
+def infer(folder, weights, monkeypatch):
+    """infer(file, *flags, kind=...): run infer in an empty folder with tiny weights, loaded once for all tests."""
+    monkeypatch.setattr(nox, "load_generator", load_once)
+
+    def call(image, *flags, kind="random"):
+        monkeypatch.setattr(nox, "weights_for", lambda settings, channels: weights[kind, channels])
+        run("infer", image, "--patch-size", 32, "--stride", 24, *flags)
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_each_setting_with_its_default_before_keras_loads(tmp_path):
+    for module in "keras", "tensorflow":
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('loaded')")
+    result = shell("train", "--help", PYTHONPATH=str(tmp_path), COLUMNS="300")
+    assert result.returncode == 0, result.stderr
+    texts = {text.split()[0]: " ".join(text.split()) for text in re.split(r"\n  (?=-)", result.stdout)}
+    for field in nox.dataclasses.fields(nox.Training):
+        flag = "--" + field.name.replace("_", "-")
+        assert texts[flag + "," * (field.type is bool)].endswith(f"(default: {field.default})")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train --epochs 0",
+        "train --patch-size 0",
+        "train --batch-size 0",
+        "train --lr 0",
+        "train --lr nan",
+        "train --ema 1",
+        "train --weight-ema -0.1",
+        "train --seed -1",
+        "train --vgg-weight nan",
+        "train --n-channels 2",
+        "train --width four",
+        "train --network other",
+        "infer a.png --stride 0",
+        "infer a.png --patch-size 64 --stride 65",
+        "infer a.png --batch-size 0",
+        "infer a.png b.png",
+        "neither",
+        "",
+    ],
+)
+def test_a_command_line_out_of_range_ends_with_status_2_and_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        nox.parse_arguments(arguments.split())
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def unusable(kind):
+    """Make a file that is no picture; returns its name."""
+    contents = {"empty.png": b"", "text.png": b"no picture at all\n" * 20}
+    whole = cv2.imencode(".png", noise(60, 60, 3))[1].tobytes()
+    contents |= {"half.png": whole[: len(whole) // 2], "half.tif": cv2.imencode(".tif", noise(60, 60, 3))[1][:5000]}
+    if kind == "folder.png":
+        Path(kind).mkdir()
+    elif kind != "missing.png":
+        Path(kind).write_bytes(bytes(contents[kind]))
+    return kind
+
+
+@pytest.mark.parametrize("kind", ["missing.png", "folder.png", "empty.png", "text.png", "half.png", "half.tif"])
+def test_a_file_that_is_no_picture_is_named_and_nothing_written(kind, infer, folder, capfd):
+    name = unusable(kind)
+    before = names(folder)
+    with pytest.raises(SystemExit, match=f"nox.py: {name}: .+"):
+        infer(name)
+    assert names(folder) == before
+    assert capfd.readouterr().err == ""
+
+
+def test_the_command_itself_tells_a_bad_picture_in_one_line_with_a_status(folder):
+    result = shell("infer", unusable("text.png"))
+    assert result.returncode == 1
+    assert re.fullmatch(r"nox.py: text.png: .+\n", result.stderr)
+    assert names(folder) == ["text.png"]
+
+
+def foreign_weights(kind):
+    """Make a file that holds no weights of nox; returns its name."""
+    if kind == "random.h5":
+        Path(kind).write_bytes(random.Random(0).randbytes(5000))
+    elif kind == "other.h5":
+        with h5py.File(kind, "w") as file:
+            file["table"] = np.arange(10)
+    elif kind == "model.h5":
+        model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(2, 3)])
+        with warnings.catch_warnings(action="ignore"):
+            model.save(kind)
+    elif kind == "half.h5":
+        nox.save_weights(nox.build_generator(ARCHITECTURE), ARCHITECTURE, kind)
+        Path(kind).write_bytes(Path(kind).read_bytes()[: Path(kind).stat().st_size // 2])
+    elif kind == "mixed.h5":
+        nox.save_weights(nox.build_generator(ARCHITECTURE), nox.Architecture(width=5, levels=2), kind)
+    return kind
+
+
+@pytest.mark.parametrize("kind", ["missing.h5", "random.h5", "other.h5", "model.h5", "half.h5", "mixed.h5"])
+def test_weights_that_are_none_are_named_and_nothing_written(kind, folder):
+    write("a.png", noise(40, 40, 3))
+    name = foreign_weights(kind)
+    before = names(folder)
+    assert name in mistake("infer", "a.png", "--weights", name)
+    assert names(folder) == before
+
+
+def test_weights_for_the_other_kind_of_picture_are_told_with_the_flag_that_helps(folder, weights):
+    write("gray.png", noise(40, 40, 1))
+    write("color.png", noise(40, 40, 3))
+    for channels, name in (3, "gray.png"), (1, "color.png"):
+        message = mistake("infer", name, "--weights", weights["random", channels])
+        assert f"--n-channels {channels}" in message
+        run("infer", name, "--weights", weights["random", channels], "--n-channels", channels)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures in and out
+# --------------------------------------------------------------------------------------------------------------------
+
+PNG = [(".png", dtype, channels) for dtype in ("uint8", "uint16") for channels in (1, 2, 3, 4)]
+TIFF = [(".tif", dtype, channels) for dtype in ("uint8", "uint16", "float32") for channels in (1, 3, 4)]
+JPEG = [(".jpg", "uint8", channels) for channels in (1, 3)]
+
+
+@pytest.mark.parametrize("extension, dtype, channels", PNG + TIFF + JPEG)
+def test_starry_is_a_copy_and_starless_of_the_same_kind(extension, dtype, channels, infer):
+    source = write("in" + extension, noise(37, 45, channels, dtype))
+    before = source.read_bytes()
+    infer(source)
+    assert source.read_bytes() == before == Path("starry" + extension).read_bytes()
+    old, new = read(source), read("starless" + extension)
+    assert (new.dtype, new.shape) == (old.dtype, old.shape)
+    colors = slice(None) if channels in (1, 3) else slice(-1)
+    assert not np.array_equal(new[..., colors], old[..., colors])
+    if channels in (2, 4):
+        np.testing.assert_array_equal(new[..., -1], old[..., -1])
+    if extension == ".png":  # the header's byte that tells gray, gray with alpha, colour and colour with alpha
+        assert Path("starless.png").read_bytes()[25] == before[25]
+
+
+@pytest.mark.parametrize("extension, dtype, channels", [*PNG, *TIFF, (".tif", "float64", 3), (".tif", "int16", 1)])
+def test_a_network_without_effect_gives_back_the_very_bits(extension, dtype, channels, infer):
+    source = write("in" + extension, noise(37, 45, channels, dtype))
+    infer(source, kind="identity")
+    np.testing.assert_array_equal(read("starless" + extension), read(source))
+
+
+def test_float_pixels_above_1_below_0_and_missing_ones_stay(infer):
+    pixels = noise(30, 30, 3, "float32") * 40 - 2
+    pixels[3, 4] = np.nan
+    source = write("in.tif", pixels)
+    infer(source, kind="identity")
+    np.testing.assert_array_equal(read("starless.tif"), pixels)
+
+
+def test_gray_with_alpha_is_written_as_other_programs_read_it():
+    from PIL import Image  # comes with matplotlib
+
+    pixels = noise(5, 7, 2)
+    with Image.open(io.BytesIO(nox.encode_gray_alpha(pixels))) as image:
+        assert image.mode == "LA"
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_a_network_that_is_off_by_much_never_leaves_the_range():
+    picture = nox.Picture(noise(9, 9, 3, "uint16"), None)
+    for light in np.full((9, 9, 3), 2.0), np.full((9, 9, 3), -2.0):
+        assert set(np.unique(picture.without(light).pixels)) == {0 if light[0, 0, 0] > 0 else 65535}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+def test_light_is_taken_away_in_the_units_of_the_picture(dtype):
+    pixels = (np.array([[[100], [50], [20]]]) * (1 if dtype != "float32" else 0.01)).astype(dtype)
+    white = 1 if dtype == "float32" else np.iinfo(dtype).max
+    light = np.array([[[10], [0], [-5]]]) * (1 / white if dtype != "float32" else 0.01)
+    expected = np.array([[[90], [50], [25]]]) * (1 if dtype != "float32" else 0.01)
+    np.testing.assert_allclose(nox.Picture(pixels, None).without(light).pixels, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.tiff", "a.TIF", "a.jpeg", "a.PNG"])
+def test_the_extension_follows_the_input_in_its_short_form(name, infer, folder):
+    source = write(name, noise(30, 30, 3))
+    infer(source)
+    extension = {"a.tiff": ".tif", "a.TIF": ".tif", "a.jpeg": ".jpg", "a.PNG": ".png"}[name]
+    assert {"starry" + extension, "starless" + extension} <= set(names(folder))
+    assert Path("starry" + extension).read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (5, 3), (31, 33), (32, 32), (64, 96), (80, 32), (101, 77)])
+def test_pictures_of_any_size_keep_it(size, infer):
+    source = write("in.png", noise(*size, 3))
+    infer(source)
+    assert read("starless.png").shape == (*size, 3)
+
+
+@pytest.mark.parametrize("name", ["Pferdekopf-Nebel ümlaut.png", "星雲.png", "a b  c.png", "-x.png", "two.dots.png"])
+def test_names_beyond_ascii_and_with_blanks(name, infer, folder):
+    (folder / "Bilder äöü").mkdir()
+    source = write(folder / "Bilder äöü" / name, noise(30, 30, 3))
+    infer(source)
+    infer(source, "-o", folder / "Bilder äöü" / ("ohne " + name))
+    np.testing.assert_array_equal(read("starless.png"), read(folder / "Bilder äöü" / ("ohne " + name)))
+
+
+def test_an_output_of_ones_own_name_comes_without_a_copy(infer, folder):
+    infer(write("in.png", noise(30, 30, 3)), "-o", "out.tif")
+    assert names(folder) == ["in.png", "out.tif"]
+
+
+def test_an_output_without_extension_gets_the_inputs(infer, folder):
+    infer(write("in.tiff", noise(30, 30, 3)), "-o", "out")
+    assert names(folder) == ["in.tiff", "out.tif"]
+
+
+def test_an_output_that_exists_is_replaced_only_on_demand(infer):
+    write("in.png", noise(30, 30, 3))
+    Path("out.png").write_text("precious")
+    with pytest.raises(SystemExit, match="out.png: exists; --overwrite"):
+        infer("in.png", "-o", "out.png")
+    assert Path("out.png").read_text() == "precious"
+    infer("in.png", "-o", "out.png", "--overwrite")
+    assert read("out.png").shape == (30, 30, 3)
+
+
+@pytest.mark.parametrize("output", ["in.png", "./in.png", "link.png", "sub/../in.png", "in"])
+def test_the_picture_itself_is_never_overwritten(output, infer, folder):
+    before = write("in.png", noise(30, 30, 3)).read_bytes()
+    os.link("in.png", "link.png")
+    (folder / "sub").mkdir()
+    with pytest.raises(SystemExit, match="never overwritten"):
+        infer("in.png", "-o", output, "--overwrite")
+    assert (folder / "in.png").read_bytes() == before
+
+
+def test_starless_png_as_the_picture_is_refused_without_a_name_for_the_output(infer, folder):
+    before = write("starless.png", noise(30, 30, 3)).read_bytes()
+    with pytest.raises(SystemExit, match="starless.png: is the picture itself"):
+        infer("starless.png")
+    assert names(folder) == ["starless.png"] and Path("starless.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [(), ("--n-channels", 1)])
+def test_starry_png_as_the_picture_stays_as_it_is(flags, infer, folder):
+    before = write("starry.png", noise(30, 30, 3)).read_bytes()
+    infer("starry.png", *flags)
+    assert names(folder) == ["starless.png", "starry.png"] and Path("starry.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["missing/out.png", "in.png/out.png", "taken", "out.xyz", "out.jpg", "out.webp"])
+def test_an_output_that_cannot_be_is_told_before_the_work(output, infer, folder, monkeypatch):
+    monkeypatch.setattr(nox, "remove_stars", lambda *arguments: pytest.fail("worked in vain"))
+    (folder / "taken").mkdir()
+    write("in.png", noise(30, 30, 3, "uint16"))
+    with pytest.raises(SystemExit, match=f"nox.py: {Path(output).parts[0]}"):
+        infer("in.png", "-o", output)
+    assert names(folder) == ["in.png", "taken"]
+
+
+def test_a_copy_that_fails_leaves_no_half_file(folder, monkeypatch):
+    Path("out.png").write_text("precious")
+    monkeypatch.setattr(nox.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(nox.BadInput, match="out.png: cannot be written"):
+        nox.write_bytes("out.png", b"new")
+    assert names(folder) == ["out.png"] and Path("out.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize("channels, alpha", [(3, False), (4, True), (1, False)])
+def test_one_channel_turns_colour_into_its_luminance(channels, alpha, infer):
+    source = write("in.png", noise(30, 30, channels))
+    infer(source, "--n-channels", 1, kind="identity")
+    old, new = read(source), read("starless.png")
+    luminance = cv2.cvtColor(old[..., :3], cv2.COLOR_BGR2GRAY) if channels > 1 else old[..., 0]
+    assert np.abs(new[..., 0].astype(int) - luminance).max() <= 1
+    assert Path("starless.png").read_bytes()[25] == (4 if alpha else 0)
+    np.testing.assert_array_equal(read("starry.png"), new)
+    assert (Path("starry.png").read_bytes() == source.read_bytes()) == (channels == 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_without_a_picture_a_random_pair_is_shown_and_scored(channels, data, infer, capsys):
+    infer_pair = ["infer", "--data", data, "--n-channels", channels, "--patch-size", 32, "--stride", 24]
+    with contextlib.suppress(SystemExit):
+        infer("missing.png")  # sets the weights
+    run(*infer_pair)
+    starry, starless, truth = (read(name).astype(float) for name in ("input.png", "output.png", "gt.png"))
+    assert starry.shape == starless.shape == truth.shape == (48, 48, channels)
+    before, after = map(float, re.findall(r"(-?\d+\.\d+) dB", capsys.readouterr().out))
+    expected = cv2.PSNR(starry, truth, 255), cv2.PSNR(starless, truth, 255)
+    assert (before, after) == pytest.approx(expected, abs=0.1)
+    assert before != after
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tiles
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def half_and_less():
+    """A network whose answer tells how often and where each pixel went through it: x -> x / 2 - 0.1."""
+    image = keras.Input((None, None, 3))
+    return keras.Model(image, keras.layers.Rescaling(0.5, -0.1)(image))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 40), (32, 32), (64, 96), (61, 83), (33, 31)])
+@pytest.mark.parametrize("patch, stride, batch", [(32, 24, 1), (32, 32, 1), (32, 7, 3), (40, 33, 2), (20, 16, 64)])
+def test_each_pixel_goes_through_the_network_once_and_stays_in_its_place(size, patch, stride, batch):
+    image = np.random.default_rng(1).random((*size, 3), np.float32)
+    settings = nox.Inference(patch_size=patch, stride=stride, batch_size=batch)
+    light = nox.stellar_light(half_and_less(), ARCHITECTURE, image, settings)
+    assert light.shape == image.shape
+    np.testing.assert_allclose(light, image / 2 + 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile, stride", [(32, 32), (32, 24), (32, 5), (32, 1)])
+@pytest.mark.parametrize("length", [32, 33, 64, 200])
+def test_feathered_tiles_cover_everything_with_weights_that_sum_to_1(length, tile, stride):
+    starts = nox.tile_starts(length, tile, stride)
+    weights = nox.feather(starts[-1] + tile, starts, tile, tile - stride)
+    total = np.zeros(starts[-1] + tile)
+    for start, weight in zip(starts, weights):
+        total[start : start + tile] += weight
+    assert len(total) >= length
+    assert weights.min() > 0
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+def test_a_tiles_edge_counts_less_than_its_middle():
+    weights = nox.feather(56, range(0, 48, 24), 32, 8)
+    assert weights[0, -1] < 0.1 < 0.9 < weights[0, 20]
+    assert weights[1, 0] < 0.1 < 0.9 < weights[1, 20]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Formulas, against numpy
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def batch(*shape, seed=0):
+    return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def test_psnr():
+    a, b = batch(20, 30, 3), batch(20, 30, 3, seed=1)
+    assert nox.psnr(a, b) == pytest.approx(cv2.PSNR(a, b, 1), abs=1e-4)
+    assert nox.psnr(a, a) == 100
+
+
+def test_star_weighted_l1():
+    starry, truth, starless = (batch(2, 8, 8, 3, seed=seed) for seed in range(3))
+    starry[:, :4] = truth[:, :4]
+    total = 0.0
+    for place in np.ndindex(2, 8, 8):
+        light = np.abs(starry[place] - truth[place]).max()
+        weight = 1 + 5 * min(light / 0.02, 1) * 0.3 / (0.1 + light)
+        total += weight * np.abs(starless[place] - truth[place]).sum()
+    assert float(nox.star_weighted_l1(starry, truth, starless, 5.0)) == pytest.approx(total / starry.size, rel=1e-5)
+
+
+def test_cross_entropy():
+    logits = np.linspace(-8, 8, 33, dtype=np.float32)
+    probability = 1 / (1 + np.exp(-logits.astype(float)))
+    assert float(nox.cross_entropy(logits, True)) == pytest.approx(-np.log(probability).mean(), rel=1e-5)
+    assert float(nox.cross_entropy(logits, False)) == pytest.approx(-np.log(1 - probability).mean(), rel=1e-5)
+
+
+def test_local_contrast():
+    x = batch(1, 24, 21, 2)
+    found = [2 * x - 1]
+    for side in 5, 17:
+        reach, mean, square = side // 2, np.empty_like(x), np.empty_like(x)
+        for i, j in np.ndindex(24, 21):
+            window = x[0, max(i - reach, 0) : i + reach + 1, max(j - reach, 0) : j + reach + 1]
+            mean[0, i, j], square[0, i, j] = window.mean(axis=(0, 1)), (window**2).mean(axis=(0, 1))
+        found.append((x - mean) / (2 * np.sqrt(square - mean**2 + 1e-4)))
+    np.testing.assert_allclose(nox.LocalContrast()(x), np.concatenate(found, axis=-1), atol=1e-4)
+
+
+def test_gate_clips_forwards_and_passes_its_gradient_unchanged():
+    tf = pytest.importorskip("tensorflow")
+    starry, fill = tf.constant([0.9, 0.9, 0.9, 0.9]), tf.constant([0.2, 0.2, 0.2, 0.2])
+    gate = tf.constant([-0.5, 0.0, 0.5, 1.7])
+    with tf.GradientTape() as tape:
+        tape.watch([starry, gate, fill])
+        starless = nox.Gate()([starry, gate, fill])
+    np.testing.assert_allclose(starless, [0.9, 0.9, 0.55, 0.2], atol=1e-6)
+    by_starry, by_gate, by_fill = tape.gradient(starless, [starry, gate, fill])
+    np.testing.assert_allclose(by_gate, [-0.7] * 4, atol=1e-6)
+    np.testing.assert_allclose(by_fill, [0, 0, 0.5, 1], atol=1e-6)
+    np.testing.assert_allclose(by_starry, [1, 1, 0.5, 0], atol=1e-6)
+
+
+def test_the_vgg_term_is_the_distance_of_features_as_keras_prepares_them(tmp_path):
+    keras.utils.set_random_seed(0)
+    vgg = keras.applications.VGG19(include_top=False, weights=None)
+    vgg.save_weights(tmp_path / "vgg.weights.h5")
+    settings = nox.Training(vgg_weight=0.5, vgg_weights=str(tmp_path / "vgg.weights.h5"))
+    for channels in 1, 3:
+        model = nox.Nox(nox.Architecture(width=4, levels=3, n_channels=channels), settings)
+        a, b = batch(1, 32, 32, channels), batch(1, 32, 32, channels, seed=1)
+        features = keras.Model(vgg.input, vgg.get_layer("block3_conv4").output)
+        prepared = [keras.applications.vgg19.preprocess_input(np.repeat(x, 3 // channels, 3) * 255) for x in (a, b)]
+        expected = np.abs(features(prepared[0]) - features(prepared[1])).mean()
+        assert float(model.losses_of(a, b, a)["vgg"]) == pytest.approx(expected, rel=1e-4)
+        without = float(model.losses_of(a, b, a)["l1"])
+        assert float(model.compute_loss(a, b, a)) == pytest.approx(without + 0.5 * expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["missing", "foreign"])
+def test_vgg_weights_that_are_none_end_with_the_advice(kind, data, folder):
+    if kind == "foreign":
+        Path(kind).write_bytes(random.Random(0).randbytes(5000))
+    before = names(folder)
+    message = mistake("train", "--data", data, *TINY, "--vgg-weight", 1, "--vgg-weights", kind)
+    assert kind in message and "--vgg-weights FILE, or --vgg-weight 0" in message
+    assert names(folder) == before
+
+
+def test_each_network_learns_from_its_own_terms_alone():
+    tf = pytest.importorskip("tensorflow")
+    model = nox.Nox(ARCHITECTURE, nox.Training())
+    model.adversarial = True
+    x, y = batch(2, 32, 32, 3), batch(2, 32, 32, 3, seed=1)
+    ours, theirs = model.generator.trainable_variables, model.discriminator.trainable_variables
+    with tf.GradientTape(persistent=True) as tape:
+        starless = model.generator(x)
+        terms = model.losses_of(x, y, starless)
+        total = model.compute_loss(x, y, starless)
+        generators = terms["l1"] + 0.02 * terms["features"] + 0.0005 * terms["adversarial"]
+
+    def steps(loss, variables):
+        return [0 * v if g is None else g for g, v in zip(tape.gradient(loss, variables), variables)]
+
+    for term in "l1", "features", "adversarial":
+        assert all(np.all(g == 0) for g in steps(terms[term], theirs))
+        assert any(np.any(g != 0) for g in steps(terms[term], ours))
+    assert all(np.all(g == 0) for g in steps(terms["discriminator"], ours))
+    assert all(np.any(g != 0) for g in steps(terms["discriminator"], theirs)[::2])
+    for loss, variables in (generators, ours), (terms["discriminator"], theirs):
+        for part, whole in zip(steps(loss, variables), steps(total, variables)):
+            np.testing.assert_allclose(part, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_smoothed_metrics_are_the_exponential_average_corrected_for_its_start(tmp_path):
+    values, ema, steps = [4.0, 2.0, 3.0, 1.0], 0.9, 5
+    history = nox.History(tmp_path / "a.csv", tmp_path / "b.csv", ema, steps, 0)
+    history.set_model(fake_model())
+    for epoch, value in enumerate(values):
+        history.on_epoch_end(epoch, {"generator": value, "psnr": 10 * value})
+    single = np.repeat(values, steps)  # step by step instead of epoch by epoch
+    weights = ema ** np.arange(len(single))[::-1]
+    table = pd.read_csv(tmp_path / "b.csv")
+    assert table["ema_generator"].iloc[-1] == pytest.approx((weights * single).sum() / weights.sum(), rel=1e-9)
+    assert table["ema_psnr"].iloc[0] == pytest.approx(40)
+
+
+def test_smoothed_metrics_start_anew_with_the_adversary(tmp_path):
+    history = nox.History(tmp_path / "a.csv", tmp_path / "b.csv", 0.9, 5, 0)
+    history.set_model(model := fake_model())
+    history.on_epoch_end(0, {"generator": 1.0})
+    model.adversarial = True
+    history.on_epoch_end(1, {"generator": 7.0, "discriminator": 0.5})
+    assert pd.read_csv(tmp_path / "b.csv")["ema_generator"].tolist() == [1, 7]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_is_written(tmp_path):
+    history = nox.History(tmp_path / "a.csv", tmp_path / "b.csv", 0.9, 5, 0)
+    history.set_model(fake_model())
+    with pytest.raises(nox.BadInput, match="the loss of epoch 1 is nan; the epoch before is kept"):
+        history.on_epoch_end(0, {"generator": np.nan, "psnr": 30.0})
+    assert names(tmp_path) == []
+
+
+def fake_model():
+    model = keras.Model()
+    model.adversarial = False
+    model.optimizer = keras.optimizers.Adam(1.0)
+    return model
+
+
+def test_the_learning_rate_falls_at_the_same_epochs_when_a_run_is_interrupted_at_each(tmp_path):
+    losses = [5, 4, 4, 4, 4, 4, 3, 3, 3, 3, 3, 3, 2, 4, 4, 4, 4, 4]
+
+    def rates(folder, interrupted):
+        model, seen = fake_model(), []
+        (tmp_path / folder).mkdir()
+        for epoch, loss in enumerate(losses):
+            if interrupted or not epoch:
+                history = nox.History(tmp_path / folder / "a.csv", tmp_path / folder / "b.csv", 0.0, 1, epoch)
+                plateau = nox.Plateau(history, monitor="ema_generator", patience=2, cooldown=1)
+                for callback in history, plateau:
+                    callback.set_model(model)
+                plateau.on_train_begin()
+            logs = {"generator": float(loss)}
+            history.on_epoch_end(epoch, logs)
+            plateau.on_epoch_end(epoch, logs)
+            seen.append(float(model.optimizer.learning_rate))
+        return seen
+
+    whole = rates("whole", False)
+    assert len(set(whole)) > 3
+    assert rates("interrupted", True) == whole
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pairs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_orphan_is_named(folder):
+    make_pairs(folder / "pairs", 3)
+    (folder / "pairs" / "y1.png").unlink()
+    assert re.search(r"x1\.png: its partner y1\.png is missing", mistake("train", "--data", "pairs", *TINY))
+    assert names(folder) == ["pairs"]
+
+
+@pytest.mark.parametrize("change", [(40, 48, 3, "uint8"), (48, 48, 1, "uint8"), (48, 48, 3, "uint16")])
+def test_a_mismatched_pair_is_named(change, folder):
+    make_pairs(folder / "pairs", 2)
+    write(folder / "pairs" / "y1.png", noise(*change))
+    message = mistake("train", "--data", "pairs", *TINY)
+    assert "x1.png" in message and "not of the same size, channels and depth" in message
+    assert names(folder) == ["pairs"]
+
+
+def test_pairs_smaller_than_a_patch_are_named_with_the_flag_that_helps(folder):
+    make_pairs(folder / "pairs", 2, size=30)
+    assert re.search(r"x\d\.png: 30x30 .* --patch-size", mistake("train", "--data", "pairs", *TINY))
+    assert names(folder) == ["pairs"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_a_folder_without_pairs_is_named(kind, folder):
+    (folder / "empty").mkdir()
+    assert re.search(f"{kind}: no .*GenerateStars.py", mistake("train", "--data", kind, *TINY))
+    assert names(folder) == ["empty"]
+
+
+def test_one_pair_needs_validation_off(folder):
+    make_pairs(folder / "pairs", 1)
+    assert "--no-validation" in mistake("train", "--data", "pairs", *TINY)
+
+
+def test_a_patch_that_the_network_cannot_halve_is_told(data, folder):
+    assert "multiple of 4" in mistake("train", "--data", data, *TINY, "--patch-size", 34)
+    assert names(folder) == []
+
+
+def test_a_fifth_is_held_back_the_same_for_the_same_seed():
+    pairs = [(f"x{i}", f"y{i}") for i in range(23)]
+    training, held = nox.split_pairs(pairs, True, 5)
+    assert (len(training), len(held)) == (19, 4)
+    assert sorted(training + held) == sorted(pairs)
+    assert (training, held) == nox.split_pairs(pairs, True, 5) != nox.split_pairs(pairs, True, 6)
+
+
+def test_pairs_come_in_the_order_of_their_numbers(folder):
+    for i in 0, 2, 10:
+        for letter in "xy":
+            (folder / f"{letter}{i}.png").touch()
+    assert [x.name for x, _ in nox.find_pairs(folder)] == ["x0.png", "x2.png", "x10.png"]
+
+
+def seen_in_an_epoch(folder, epoch, monkeypatch):
+    """The names of the pairs that one epoch reads, in its order."""
+    seen = []
+    original = nox.read_pair
+    monkeypatch.setattr(nox, "read_pair", lambda paths, n: seen.append(paths[0].name) or original(paths, n))
+    batches = nox.Pairs(nox.find_pairs(folder), nox.Training(patch_size=32, crops=2, batch_size=4), 3, True)
+    for step in range(batches.steps):
+        batches[epoch * batches.steps + step]
+    monkeypatch.undo()
+    return seen
+
+
+def test_every_pair_is_read_once_an_epoch_in_another_order_each_time(data, monkeypatch):
+    first, second = (seen_in_an_epoch(data, epoch, monkeypatch) for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == [f"x{i}.png" for i in range(6)]
+    assert first != second
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_is_the_same_for_the_same_seed_and_epoch(channels, data):
+    batches = nox.Pairs(nox.find_pairs(data), nox.Training(patch_size=32, batch_size=3), channels, True)
+    starry, starless = batches[1]
+    assert starry.shape == starless.shape == (3, 32, 32, channels) and starry.dtype == np.float32
+    assert min(starry.min(), starless.min()) >= 0 and max(starry.max(), starless.max()) <= 1
+    np.testing.assert_array_equal(starry, batches[1][0])
+    assert not np.array_equal(starry, batches[1 + batches.steps][0])
+    later = batches[1 + 2 * batches.steps][0]
+    batches.start = 2
+    np.testing.assert_array_equal(later, batches[1][0])
+
+
+def test_augmentation_leaves_both_pictures_the_same_but_for_the_stars():
+    starless = batch(8, 16, 16, 3) * 0.5
+    stars = np.zeros((16, 16, 1), np.float32)
+    stars[4:6, 4:6] = 0.4
+    starry = starless + stars
+    for seed in range(10):
+        new_starry, new_starless = nox.augmented(np.random.default_rng(seed), starry, starless)
+        differ = (new_starry != new_starless).any(axis=(0, 3))
+        assert differ[4:6, 4:6].all() and differ.sum() == 4
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_weights_file_is_half_the_size_and_loads_to_the_same_output(tmp_path):
+    architecture = nox.Architecture(width=24, levels=3)
+    generator = nox.build_generator(architecture)
+    nox.save_weights(generator, architecture, tmp_path / "ours.h5", "a run")
+    generator.save_weights(tmp_path / "full.weights.h5")
+    assert (tmp_path / "ours.h5").stat().st_size < 0.55 * (tmp_path / "full.weights.h5").stat().st_size
+    loaded, found = nox.load_generator(tmp_path / "ours.h5")
+    assert found == architecture
+    assert nox.inspect_weights(tmp_path / "ours.h5") == (architecture, "a run")
+    x = batch(1, 32, 32, 3)
+    np.testing.assert_allclose(loaded(x), generator(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("network, levels, channels", [("nox", 2, 1), ("nox", 4, 3), ("starnet", 3, 3)])
+def test_settings_travel_in_the_weights_file(network, levels, channels, tmp_path):
+    architecture = nox.Architecture(network, 4, levels, channels)
+    generator = randomized(nox.build_generator(architecture))
+    nox.save_weights(generator, architecture, tmp_path / "a.h5")
+    loaded, found = nox.load_generator(tmp_path / "a.h5")
+    assert found == architecture
+    for ours, theirs in zip(loaded.get_weights(), generator.get_weights()):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def save_legacy(model, path, layout):
+    """Save as the original did: the whole model, or its weights only."""
+    with warnings.catch_warnings(action="ignore"):
+        if layout == "model":
+            model.compile("adam", "mse")
+            model.save(path)
+        else:
+            legacy = importlib.import_module("keras.src.legacy.saving.legacy_h5_format")
+            with h5py.File(path, "w") as file:
+                legacy.save_weights_to_hdf5_group(file, model)
+
+
+@pytest.mark.parametrize("layout", ["model", "weights"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weights_in_the_originals_format_give_the_same_output(layout, channels, tmp_path, recwarn):
+    generator = randomized(nox.build_starnet(4, 8, channels))
+    save_legacy(generator, tmp_path / "old.h5", layout)
+    loaded, found = nox.load_generator(tmp_path / "old.h5")
+    assert found == nox.Architecture("starnet", 4, 8, channels)
+    x = batch(1, 256, 256, channels)
+    np.testing.assert_allclose(loaded(x), generator(x), atol=1e-6)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+def test_the_originals_network_has_54_million_parameters():
+    widths = np.array([1.0, 2.0, 4.0])
+    counts = [nox.build_starnet(int(width), 8, 3).count_params() for width in widths]
+    quadratic = np.linalg.solve(np.vander(widths), counts)  # biases grow with the width, kernels with its square
+    assert np.polyval(quadratic, 64) == pytest.approx(54.4e6, abs=0.05e6)
+    assert np.polyval(quadratic, 8) == pytest.approx(nox.build_starnet(8, 8, 3).count_params())
+
+
+def started_from(path, network, levels):
+    architecture = nox.Architecture(network, 4, levels, 1)
+    generator = nox.build_generator(architecture)
+    nox.start_from(generator, architecture, path)
+    return generator
+
+
+@pytest.mark.parametrize("network, levels", [("nox", 3), ("starnet", 3)])
+def test_colour_weights_start_a_grayscale_network_that_gives_their_mean(network, levels, tmp_path):
+    architecture = nox.Architecture(network, 4, levels, 3)
+    color = randomized(nox.build_generator(architecture), 0.05)
+    if network == "nox":  # a product of means is the mean of products when one factor is the same in all channels
+        gate = gate_layer(color)
+        gate.set_weights([np.repeat(w.mean(min(w.ndim - 1, 2), keepdims=True), 3, -1 if w.ndim == 1 else 2)
+                          for w in gate.get_weights()])  # fmt: skip
+    else:  # nor is the mean taken through the ReLU, which must have nothing to clip
+        last = [x for x in color.layers if isinstance(x, keras.layers.Conv2DTranspose)][-1]
+        last.set_weights([last.get_weights()[0], np.array([3.0, 4.0, 5.0])])
+    nox.save_weights(color, architecture, tmp_path / "color.h5")
+    color, _ = nox.load_generator(tmp_path / "color.h5")
+    gray, x = started_from(tmp_path / "color.h5", network, levels), batch(1, 32, 32, 1)
+    found = color(np.repeat(x, 3, axis=3))
+    assert np.ptp(found, axis=3).max() > 1e-2
+    np.testing.assert_allclose(gray(x)[..., 0], np.mean(found, axis=3), atol=1e-5)
+
+
+def test_training_starts_from_weights(weights, data, folder):
+    run("train", "--data", data, *TINY, "--epochs", 1, "--lr", 1e-9, "--weights", weights["random", 3])
+    trained, started = (nox.load_generator(path)[0] for path in ("generator_color.h5", weights["random", 3]))
+    for ours, theirs in zip(trained.get_weights(), started.get_weights()):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("flags, message", [(("--width", 5), "--width 4"), (("--levels", 3), "--levels 2")])
+def test_weights_of_another_network_are_told_with_the_flags_that_fit(flags, message, weights, data, folder):
+    assert message in mistake("train", "--data", data, *TINY, "--weights", weights["random", 3], *flags)
+
+
+def test_grayscale_weights_cannot_start_the_colour_network(weights, data, folder):
+    message = mistake("train", "--data", data, *TINY, "--weights", weights["random", 1])
+    assert "cannot start the colour network" in message
+    assert names(folder) == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+RUN = [*TINY, "--crops", "8", "--epochs", "8", "--adversarial-from", "5", "--save-freq", "3", "--patience", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """(folder, numbers of epochs after which pictures were written) of a run that nothing interrupts."""
+    folder, shown = tmp_path_factory.mktemp("whole"), []
+    original = nox.show_pair
+
+    def show_pair(*arguments):
+        shown.append(len(pd.read_csv("history.csv")))
+        return original(*arguments)
+
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nox, "show_pair", show_pair)
+        run("train", "--data", data, *RUN)
+    return folder, shown
+
+
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory):
+    """(folder, last words) of the same run, interrupted within its seventh epoch and issued again."""
+    folder = tmp_path_factory.mktemp("resumed")
+
+    def on_train_batch_begin(history, step, logs=None):
+        if len(history.rows()) == 6 and step == 2:
+            raise KeyboardInterrupt
+
+    with contextlib.chdir(folder):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr(nox.History, "on_train_batch_begin", on_train_batch_begin)
+            run("train", "--data", data, *RUN)
+        run("train", "--data", data, *RUN)
+    return folder, caught.value.code
+
+
+def test_training_leaves_history_plot_pictures_and_weights(whole):
+    folder, _ = whole
+    pictures = ["gt.png", "input.png", "output.png", "training.png"]
+    assert names(folder) == sorted(["checkpoint", "generator_color.h5", "history.csv", *pictures])
+    for name in pictures:
+        assert read(folder / name).shape[0] == (48 if name != "training.png" else 900)
+    assert nox.load_generator(folder / "generator_color.h5")[1] == ARCHITECTURE
+
+
+def test_history_has_each_epoch_once_with_every_term(whole):
+    table = pd.read_csv(whole[0] / "history.csv")
+    assert table["epoch"].tolist() == list(range(8))
+    for name in "generator", "l1", "psnr", "ema_generator", "ema_psnr":
+        assert np.isfinite(table[name]).all() and np.isfinite(table[name.replace("ema_", "ema_val_")]).all()
+    for name in "discriminator", "features", "adversarial", "val_discriminator":
+        assert table[name].notna().tolist() == [False] * 5 + [True] * 3
+
+
+def test_the_reported_loss_is_the_weighted_sum_of_its_terms(whole):
+    table = pd.read_csv(whole[0] / "history.csv").fillna(0)
+    expected = table["l1"] + 0.02 * table["features"] + 0.0005 * table["adversarial"]
+    np.testing.assert_allclose(table["generator"], expected, rtol=1e-4)
+
+
+def test_the_loss_falls(whole):
+    table = pd.read_csv(whole[0] / "history.csv")
+    assert table["val_l1"][4] < 0.8 * table["val_l1"][0]
+    assert table["val_psnr"][4] > table["val_psnr"][0]
+
+
+def test_pictures_come_every_save_freq_epochs_and_at_the_end(whole):
+    assert whole[1] == [3, 6, 8]
+
+
+def test_saved_weights_are_the_average_not_the_last_step(whole, data):
+    folder, _ = whole
+    saved = nox.load_generator(folder / "generator_color.h5")[0]
+    model, settings = nox.Nox(ARCHITECTURE, nox.Training()), nox.Training()
+    optimizer = nox.TwoRateAdam(learning_rate=settings.lr, beta_2=0.99, use_ema=True, ema_momentum=settings.weight_ema)
+    model.compile(optimizer=optimizer)
+    optimizer.build(model.trainable_variables)
+    nox.Checkpoint(folder / "checkpoint" / "generator_color").restore(model)
+    average = nox.build_generator(ARCHITECTURE)
+    nox.take_average(average, model)
+    weights = zip(saved.get_weights(), average.get_weights(), model.generator.get_weights())
+    apart = [(np.abs(a - b).max(), np.abs(a - c).max()) for a, b, c in weights]
+    assert max(to_average for to_average, _ in apart) < 1e-3 < 1e-2 < max(to_last for _, to_last in apart)
+
+
+def state(folder):
+    """Every array of a run's last state by name: both networks and the optimizer."""
+    arrays = {}
+    (file,) = (folder / "checkpoint" / "generator_color").glob("epoch*.weights.h5")
+    with h5py.File(file) as source:
+        source.visititems(lambda name, item: arrays.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
+    return file.name, arrays
+
+
+def test_a_run_interrupted_and_resumed_equals_one_that_was_not(whole, resumed):
+    ours, theirs = (pd.read_csv(folder / "history.csv") for folder, _ in (whole, resumed))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4)
+    (name, arrays), (other_name, others) = state(whole[0]), state(resumed[0])
+    assert name == other_name == "epoch8.weights.h5"
+    assert arrays.keys() == others.keys() and len(arrays) > 50
+    for key, array in arrays.items():
+        np.testing.assert_allclose(others[key], array, atol=1e-4, err_msg=key)
+
+
+def test_an_interruption_ends_with_one_line_that_says_how_to_go_on(resumed):
+    assert resumed[1].strip() == "nox.py: interrupted; the same command goes on from the last epoch"
+
+
+def test_a_finished_run_issued_again_changes_nothing(whole, data):
+    before = {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()}
+    with contextlib.chdir(whole[0]):
+        run("train", "--data", data, *RUN)
+    assert {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("flags", [("--width", 5), ("--levels", 3), ("--network", "starnet")])
+def test_a_changed_architecture_is_told_and_nothing_changes(flags, whole, data):
+    before = {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()}
+    with contextlib.chdir(whole[0]):
+        assert "--network nox --width 4 --levels 2" in mistake("train", "--data", data, *RUN, *flags)
+    assert {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", ["cut", "settings"])
+def test_a_state_that_does_not_load_is_named(change, whole, data, folder):
+    nox.shutil.copytree(whole[0] / "checkpoint", "checkpoint")
+    file = Path("checkpoint/generator_color/epoch8.weights.h5")
+    if change == "cut":
+        file.write_bytes(file.read_bytes()[:20000])
+    flags = ("--weight-ema", 0) if change == "settings" else ()
+    assert str(file) in mistake("train", "--data", data, *RUN, "--epochs", 9, *flags)
+    assert file.exists()
+
+
+@pytest.fixture(scope="module")
+def gray(data, tmp_path_factory):
+    """(folder, what was printed) of a grayscale run of one epoch, batch size 1, no validation, in a used folder."""
+    folder, printed = tmp_path_factory.mktemp("gray"), io.StringIO()
+    flags = ["--n-channels", 1, "--batch-size", 1, "--no-validation", "--epochs", 1, "--crops", 1, "--weight-ema", 0]
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        Path("generator_grayscale.h5").write_bytes(b"shipped")
+        Path("generator_grayscale.1.h5").write_bytes(b"earlier")
+        Path("history.csv").write_text("precious")
+        run("train", "--data", data, *TINY, *flags)
+    return folder, printed.getvalue()
+
+
+def test_a_grayscale_run_without_validation_at_batch_size_1(gray):
+    table = pd.read_csv(gray[0] / "history.csv")
+    assert len(table) == 1 and not [name for name in table if "val" in name]
+    assert read(gray[0] / "output.png").shape == (48, 48, 1)
+    assert nox.inspect_weights(gray[0] / "generator_grayscale.h5")[0].n_channels == 1
+
+
+def test_files_that_the_run_did_not_write_are_kept_aside(gray):
+    folder, printed = gray
+    assert (folder / "generator_grayscale.1.h5").read_bytes() == b"earlier"
+    assert (folder / "generator_grayscale.2.h5").read_bytes() == b"shipped"
+    assert (folder / "history.1.csv").read_text() == "precious"
+    assert "generator_grayscale.h5 was not written by this run and is kept as generator_grayscale.2.h5\n" in printed
+
+
+def test_weights_put_into_the_folder_of_a_run_are_kept_aside_its_own_are_not(folder, weights, capsys):
+    run_id = nox.open_run(Path("checkpoint"), ARCHITECTURE)
+    nox.save_weights(nox.build_generator(ARCHITECTURE), ARCHITECTURE, "generator_color.h5", run_id)
+    assert nox.open_run(Path("checkpoint"), ARCHITECTURE) == run_id
+    assert names() == ["checkpoint", "generator_color.h5"]
+    nox.shutil.copy(weights["random", 3], "generator_color.h5")
+    assert nox.open_run(Path("checkpoint"), ARCHITECTURE) == run_id
+    assert Path("generator_color.1.h5").read_bytes() == weights["random", 3].read_bytes()
+    assert names() == ["checkpoint", "generator_color.1.h5"]
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_pair_that_breaks_during_training_is_named_and_the_last_epoch_kept(data, folder, monkeypatch):
+    nox.shutil.copytree(data, "pairs")
+
+    def on_epoch_begin(history, epoch, logs=None):
+        if epoch == 1:
+            for path in Path("pairs").glob("y*.png"):
+                path.write_bytes(path.read_bytes()[:100])
+
+    monkeypatch.setattr(nox.History, "on_epoch_begin", on_epoch_begin)
+    message = mistake("train", "--data", "pairs", *TINY, "--epochs", 3, "--batch-size", 1, "--crops", 12)
+    assert re.fullmatch(r"nox.py: pairs/y\d.png: not a picture that can be read \(PNG, TIFF or JPEG\)", message)
+    assert pd.read_csv("history.csv")["epoch"].tolist() == [0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The real command line: interruptions, backends, what reaches the terminal
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def survivor(data, tmp_path_factory):
+    """(folder, standard error, status) of a run killed at random moments, then ended by Ctrl-C, all while it saves."""
+    folder, moments = tmp_path_factory.mktemp("survivor"), random.Random()
+    line = [sys.executable, str(ROOT / "nox.py"), "train", "--data", str(data), *TINY, "--epochs", "100000"]
+    done = 0
+    for how in signal.SIGKILL, signal.SIGKILL, signal.SIGINT:
+        with open(folder / "stderr", "w+") as errors:
+            process = subprocess.Popen(line, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
+            until = time.monotonic() + 100
+            while epochs(folder) <= done and time.monotonic() < until and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(moments.uniform(0, 0.6))
+            process.send_signal(how)
+            status = process.wait(timeout=60)
+            errors.seek(0)
+            message = errors.read()
+        done = epochs(folder)
+    (folder / "stderr").unlink()
+    return folder, message, status
+
+
+def epochs(folder):
+    """Epochs that a run's last state has behind it."""
+    return max(nox.Checkpoint(folder / "checkpoint" / "generator_color").files(), default=0)
+
+
+def test_ctrl_c_ends_with_one_line(survivor):
+    _, message, status = survivor
+    assert message.strip() == "nox.py: interrupted; the same command goes on from the last epoch"
+    assert status == 1
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_its_last_epoch(survivor, data, capsys):
+    folder, _, _ = survivor
+    done = epochs(folder)
+    assert done >= 3
+    with contextlib.chdir(folder):
+        run("train", "--data", data, *TINY, "--epochs", done + 2)
+    assert f"{done} of {done + 2} epochs done" in capsys.readouterr().out
+    assert pd.read_csv(folder / "history.csv")["epoch"].tolist() == list(range(done + 2))
+    assert names(folder / "checkpoint" / "generator_color")[0] == f"epoch{done + 2}.weights.h5"
+    assert not [name for name in names(folder) if ".1." in name]
+    assert nox.load_generator(folder / "generator_color.h5")[1] == ARCHITECTURE
+
+
+def test_infer_shows_its_bar_and_nothing_else(folder, weights):
+    write("a.png", noise(40, 50, 3))
+    result = shell("infer", "a.png", "--weights", weights["random", 3])
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "100%" in result.stderr
+    assert all(line.startswith("a.png: ") for line in re.split(r"[\r\n]+", result.stderr) if line)
+    assert names() == ["a.png", "starless.png", "starry.png"]
+
+
+def test_weights_missing_beside_the_script_are_named(folder):
+    (folder / "alone").mkdir()
+    nox.shutil.copy(ROOT / "nox.py", "alone")
+    write("a.png", noise(40, 50, 1))
+    line = [sys.executable, "alone/nox.py", "infer", "a.png"]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert re.fullmatch(r"nox.py: .*alone/generator_grayscale.h5: no such weights file\n", result.stderr)
+    assert names() == ["a.png", "alone"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_an_epoch_on_another_backend(backend, data, folder):
+    pytest.importorskip(backend)
+    result = shell(
+        "train", "--data", data, *TINY, "--epochs", 2, "--adversarial-from", 1, KERAS_BACKEND=backend, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    assert np.isfinite(pd.read_csv("history.csv")["ema_val_generator"]).all()
+    assert nox.load_generator("generator_color.h5")[1] == ARCHITECTURE
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The shipped weights
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("i", range(5))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_shipped_weights_take_the_stars_of_the_shipped_pairs(i, channels, folder):
+    generator, architecture = load_once(ROOT / nox.weights_name(channels))
+    paths = [ROOT / "nox data" / f"{letter}{i}.png" for letter in "xy"]
+    before, after = nox.show_pair(generator, architecture, paths, nox.Inference())
+    assert after > before + 3
