@@ -151,7 +151,7 @@ def parse_arguments(arguments=None):
 def check_arguments(parser, values):
     """End with one line for a number out of range."""
     at_least = dict(patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, crops=1, save_freq=1, workers=1)
-    at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0, seed=0)
+    at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0, seed=0, clip=0)
     at_least |= {name: 0 for name in ("l1_weight", "star_weight", "adversarial_weight", "feature_weight", "vgg_weight")}
     for name, least in at_least.items():
         if not least <= getattr(values, name, least) < 2**31:  # nor not-a-number
@@ -533,13 +533,14 @@ class Gate(layers.Layer):
 
     A gate of 0 leaves the very bits of a pixel, a gate of 1 puts the fill in its place: a saturated core is painted
     from its surroundings, a dark ring is lifted. The gradient passes the clipping unchanged: a sigmoid, or a gate
-    whose gradient ends with it, soon falls to 0 everywhere and stays there (measured).
+    whose gradient ends with it, soon falls to 0 everywhere and stays there (measured). The fill is clipped to 0..1 as
+    well: where the gate is shut nothing holds it, and once far off it drives the gate's gradient to infinity (measured).
     """
 
     def call(self, inputs):
         starry, gate, fill = inputs
         gate = gate + ops.stop_gradient(ops.clip(gate, 0, 1) - gate)
-        return starry - gate * (starry - fill)
+        return starry - gate * (starry - ops.clip(fill, 0, 1))
 
 
 def residual_block(x):
@@ -1022,8 +1023,9 @@ def train(architecture, settings):
     run = open_run(folder, architecture)
 
     optimizer = TwoRateAdam(
-        slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr, global_clipnorm=settings.clip,
-        beta_2=0.99, use_ema=settings.weight_ema > 0, ema_momentum=settings.weight_ema or 0.99,
+        slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr,
+        global_clipnorm=settings.clip or None, beta_2=0.99,
+        use_ema=settings.weight_ema > 0, ema_momentum=settings.weight_ema or 0.99,
     )  # fmt: skip
     checkpoint = Checkpoint(folder)
     model.compile(optimizer=optimizer, jit_compile=False)
