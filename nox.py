@@ -532,14 +532,14 @@ class Gate(layers.Layer):
     """starless = starry - gate * (starry - fill), from (starry, gate, fill); the gate is clipped to 0..1.
 
     A gate of 0 leaves the very bits of a pixel, a gate of 1 puts the fill in its place: a saturated core is painted
-    from its surroundings, a dark ring is lifted. The gradient passes the clipping unchanged: a sigmoid, or a gate
-    whose gradient ends with it, soon falls to 0 everywhere and stays there (measured). The fill is clipped to 0..1 as
-    well: where the gate is shut nothing holds it, and once far off it drives the gate's gradient to infinity (measured).
+    from its surroundings, a dark ring is lifted. Below 0 the gradient passes unchanged: a sigmoid, or a gate whose
+    gradient ends there, soon stays shut everywhere (measured). Above 1 it ends, and the fill is clipped to 0..1: what
+    nothing holds runs away, and the training with it (measured).
     """
 
     def call(self, inputs):
         starry, gate, fill = inputs
-        gate = gate + ops.stop_gradient(ops.clip(gate, 0, 1) - gate)
+        gate = ops.minimum(gate + ops.stop_gradient(ops.relu(gate) - gate), 1)
         return starry - gate * (starry - ops.clip(fill, 0, 1))
 
 
