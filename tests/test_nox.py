@@ -829,8 +829,9 @@ def started_from(path, network, levels):
 @pytest.mark.parametrize("network, levels", [("nox", 3), ("starnet", 3)])
 def test_colour_weights_start_a_grayscale_network_that_gives_their_mean(network, levels, tmp_path):
     architecture = nox.Architecture(network, 4, levels, 3)
-    color = randomized(nox.build_generator(architecture), 0.05)
-    if network == "nox":  # a product of means is the mean of products when one factor is the same in all channels
+    color = randomized(nox.build_generator(architecture), 0.05 if network == "starnet" else 0.02)
+    if network == "nox":  # a product of means is the mean of products when one factor is the same in all channels;
+        # and small weights keep the fill within 0..1, where it is not clipped
         gate = gate_layer(color)
         gate.set_weights([np.repeat(w.mean(min(w.ndim - 1, 2), keepdims=True), 3, -1 if w.ndim == 1 else 2)
                           for w in gate.get_weights()])  # fmt: skip
