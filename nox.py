@@ -70,7 +70,9 @@ class Training:
     patch_size: int = setting(256, "side of the random crops: wide enough for the halo of a bright star")
     crops: int = setting(2, "crops of each pair in an epoch: decoding a PNG costs as much as a small crop")
     batch_size: int = setting(4, "crops a step: small ones learn more from the same pictures on a CPU")
-    lr: float = setting(2e-4, "learning rate of the generator, above 4e-4 runs diverged; the discriminator's is a quarter")
+    lr: float = setting(
+        2e-4, "learning rate of the generator, above 4e-4 runs diverged; the discriminator's is a quarter"
+    )
     clip: float = setting(
         0.2, "largest norm of the gradient, four times the usual one: one odd batch must not ruin a run"
     )
