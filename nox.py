@@ -71,7 +71,7 @@ class Training:
     crops: int = setting(2, "crops of each pair in an epoch: decoding a PNG costs as much as a small crop")
     batch_size: int = setting(4, "crops a step: small ones learn more from the same pictures on a CPU")
     lr: float = setting(
-        2e-4, "learning rate of the generator, above 4e-4 runs diverged; the discriminator's is a quarter"
+        2e-4, "learning rate of the generator, higher ones diverge sooner; the discriminator's is a quarter"
     )
     clip: float = setting(
         0.2, "largest norm of the gradient, four times the usual one: one odd batch must not ruin a run"
