@@ -1069,7 +1069,9 @@ def survivor(data, tmp_path_factory):
     done = 0
     for how in signal.SIGKILL, signal.SIGKILL, signal.SIGINT:
         with open(folder / "stderr", "w+") as errors:
-            process = subprocess.Popen(line, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
+            process = subprocess.Popen(
+                line, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=heed_interrupts
+            )
             until = time.monotonic() + 100
             while epochs(folder) <= done and time.monotonic() < until and process.poll() is None:
                 time.sleep(0.02)
@@ -1081,6 +1083,11 @@ def survivor(data, tmp_path_factory):
         done = epochs(folder)
     (folder / "stderr").unlink()
     return folder, message, status
+
+
+def heed_interrupts():
+    """Let a new process be interrupted, though a test run in the background of a script ignores it and hands that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def epochs(folder):
