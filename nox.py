@@ -65,7 +65,7 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    data: str = setting("nox data", "folder of pairs x*.png (starry) and y*.png (star-free)")
+    data: str = setting("nox data", "folder of pairs x*.png, y*.png (starry, star-free), or with original/, starless/")
     epochs: int = setting(100, "passes over the pairs in all; a finished run goes on when it is raised")
     patch_size: int = setting(256, "side of the random crops: wide enough for the halo of a bright star")
     crops: int = setting(2, "crops of each pair in an epoch: decoding a PNG costs as much as a small crop")
@@ -73,15 +73,13 @@ class Training:
     lr: float = setting(
         2e-4, "learning rate of the generator, higher ones diverge sooner; the discriminator's is a quarter"
     )
-    clip: float = setting(
-        0.2, "largest norm of the gradient, four times the usual one: one odd batch must not ruin a run"
-    )
+    clip: float = setting(1.0, "largest norm of the gradient: one odd batch must not ruin a run")
     warmup: int = setting(200, "steps over which the learning rate rises from nothing")
-    l1_weight: float = setting(1.0, "weight of the mean absolute error")
+    l1_weight: float = setting(1.0, "weight of the absolute error, relative to that of changing nothing")
     star_weight: float = setting(5.0, "how much more star pixels count in it, faint ones the most")
     adversarial_from: int = setting(80, "epoch that brings in the discriminator; before, it costs nothing")
-    adversarial_weight: float = setting(0.0005, "weight of fooling the discriminator")
-    feature_weight: float = setting(0.02, "weight of matching the discriminator's features")
+    adversarial_weight: float = setting(0.005, "weight of fooling the discriminator")
+    feature_weight: float = setting(0.2, "weight of matching the discriminator's features")
     vgg_weight: float = setting(
         0.0, "weight of matching VGG19's features; 0: off, it needs a download or --vgg-weights"
     )
@@ -349,22 +347,32 @@ def psnr(image, truth):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def find_pairs(folder):
-    """[(starry path, star-free path)] of a folder's x*.png and y*.png in the order of their numbers.
+PAIR_FILES = (".png", ".tif", ".tiff")
 
-    Raises BadInput for a folder that is missing or empty and for an x or y without its partner.
+
+def find_pairs(folder):
+    """[(starry path, star-free path)] of a folder in the order of their numbers.
+
+    Pairs are x*.png and y*.png (or .tif), or, as StarNet keeps them, files of one name in original/ and starless/.
+    Raises BadInput for a folder that is missing or empty and for a picture without its partner.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder of pairs; python GenerateStars.py makes one")
-    found = {letter: {f.stem[1:]: f for f in folder.glob(f"{letter}*.png")} for letter in "xy"}
-    for letter, other in ("xy", "yx"):
-        for stem in sorted(found[letter].keys() - found[other].keys()):
-            raise BadInput(f"{found[letter][stem]}: its partner {other}{stem}.png is missing")
-    if not found["x"]:
+    places = [(folder / name, "") for name in ("original", "starless")]
+    if not all(place.is_dir() for place, _ in places):
+        places = [(folder, "x"), (folder, "y")]
+    starry, starless = (
+        {f.stem[len(prefix) :]: f for f in place.glob(f"{prefix}*") if f.suffix.lower() in PAIR_FILES}
+        for place, prefix in places
+    )
+    for some, others, (place, prefix) in (starry, starless, places[1]), (starless, starry, places[0]):
+        for stem in sorted(some.keys() - others.keys()):
+            raise BadInput(f"{some[stem]}: its partner {place.name}/{prefix}{stem}{some[stem].suffix} is missing")
+    if not starry:
         raise BadInput(f"{folder}: no pairs x*.png, y*.png in it; python GenerateStars.py makes them")
-    order = sorted(found["x"], key=lambda stem: (int(stem) if stem.isdigit() else sys.maxsize, stem))
-    return [(found["x"][stem], found["y"][stem]) for stem in order]
+    order = sorted(starry, key=lambda stem: (int(stem) if stem.isdigit() else sys.maxsize, stem))
+    return [(starry[stem], starless[stem]) for stem in order]
 
 
 def split_pairs(pairs, validation, seed):
@@ -386,6 +394,8 @@ def read_pair(paths, n_channels):
     pair = [read_picture(path).pixels for path in paths]
     if pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
         raise BadInput(f"{paths[0]} and {paths[1]}: not of the same size, channels and depth")
+    if pair[0].dtype.kind != "u":
+        raise BadInput(f"{paths[0]}: pairs are of 8 or 16 bits, not {pair[0].dtype}")
     return [np.repeat(p, 3, axis=2) if n_channels == 3 and p.shape[2] == 1 else p for p in pair]
 
 
@@ -434,21 +444,35 @@ class Pairs(keras.utils.PyDataset):
         size, (height, width) = self.settings.patch_size, starry.shape[:2]
         if height < size or width < size:
             raise BadInput(f"{paths[0]}: {width}x{height} pixels are less than the patch size {size}; see --patch-size")
-        room = height - size, width - size
+        side = size
+        if self.augment and rng.random() < SCALED:
+            side = min(round(size * np.exp2(rng.uniform(*SCALES))), height, width)
+        room = height - side, width - side
         top, left = (rng.integers(r + 1) for r in room) if self.augment else (r // 2 for r in room)
         channel = slice(None)
         if self.n_channels == 1 and starry.shape[2] == 3:
             channel = [int(rng.integers(3)) if self.augment else 1]
-        window = np.s_[top : top + size, left : left + size, channel]
+        window = np.s_[top : top + side, left : left + side, channel]
         pair = to_unit(starry[window]), to_unit(starless[window])
         if not self.augment:
             return pair
+        pair = [resized(image, size) for image in pair]
         turns, flip = rng.integers(4), rng.integers(2)
         return [np.rot90(im[:, ::-1] if flip else im, turns) for im in pair]
 
 
+SCALED = 0.3  # share of crops that are taken larger or smaller and resized: other star sizes, other grain
+SCALES = -0.6, 1  # binary logarithm of how much larger
 RECOMBINED = 0.2  # share of crops that get another crop's stars
-DIMMED = 0.3  # share of crops that are dimmed or lifted
+DIMMED = 0.3  # share of crops that are dimmed or lifted, the channels apart: another colour
+
+
+def resized(image, size):
+    """A square image of another size: averaged down, interpolated up."""
+    if len(image) == size:
+        return image
+    method = cv2.INTER_AREA if len(image) > size else cv2.INTER_CUBIC
+    return cv2.resize(image, (size, size), interpolation=method).reshape(size, size, -1).clip(0, 1)
 
 
 def augmented(rng, starry, starless):
@@ -462,8 +486,9 @@ def augmented(rng, starry, starless):
             other = light[rng.integers(len(starry))]
             starry[i] = np.where(other != 0, 1 - (1 - starless[i]) * (1 - other.clip(0, 1)), starless[i])
         if rng.random() < DIMMED:
-            gain = rng.uniform(0.5, 1.0)
-            lift = rng.uniform(0, 1 - gain) * rng.integers(2)
+            apart = starry.shape[-1] if rng.integers(2) else 1
+            gain = rng.uniform(0.5, 1.0, apart).astype(np.float32)
+            lift = rng.uniform(0, 1 - gain).astype(np.float32) * rng.integers(2)
             starry[i], starless[i] = gain * starry[i] + lift, gain * starless[i] + lift
     return starry, starless
 
@@ -530,27 +555,41 @@ def local_mean(x, side):
     return ops.average_pool(rows, (1, side), strides=1, padding="same")
 
 
+def soft_clip(x):
+    """x clipped to 0..1, whose gradient outside is a fifth instead of none.
+
+    Where the gradient ends, a gate that has shut or a fill that has run out of range stays so for good, and whole runs
+    fell back to changing nothing; where it goes on in full, both run away (both measured).
+    """
+    clipped = ops.clip(x, 0, 1)
+    beyond = (x - clipped) / 5
+    return clipped + (beyond - ops.stop_gradient(beyond))
+
+
 class Gate(layers.Layer):
-    """starless = starry - gate * (starry - fill), from (starry, gate, fill); the gate is clipped to 0..1.
+    """starless = starry - gate * (starry - fill), from (starry, gate, fill), gate and fill clipped to 0..1.
 
     A gate of 0 leaves the very bits of a pixel, a gate of 1 puts the fill in its place: a saturated core is painted
-    from its surroundings, a dark ring is lifted. Below 0 the gradient passes unchanged: a sigmoid, or a gate whose
-    gradient ends there, soon stays shut everywhere (measured). Above 1 it ends, and the fill is clipped to 0..1: what
-    nothing holds runs away, and the training with it (measured).
+    from its surroundings, a dark ring is lifted. A small loss pulls back what has left -1..2: behind a shut gate nothing
+    else would hold the fill, which then grew without end and took the whole network with it (measured).
     """
 
     def call(self, inputs):
         starry, gate, fill = inputs
-        gate = ops.minimum(gate + ops.stop_gradient(ops.relu(gate) - gate), 1)
-        return starry - gate * (starry - ops.clip(fill, 0, 1))
+        for free in gate, fill:
+            self.add_loss(ops.mean(ops.square(ops.relu(ops.abs(free - 0.5) - 1.5))))
+        return starry - soft_clip(gate) * (starry - soft_clip(fill))
 
 
 def residual_block(x):
-    """x + conv(relu(conv(norm(x)))), 3x3; starts as the identity. Without the norm, whole layers of ReLUs died."""
-    channels = x.shape[-1]
-    y = layers.RMSNormalization()(x)
-    y = layers.Conv2D(channels, 3, padding="same", activation="relu", kernel_initializer="he_normal")(y)
-    return layers.Add()([x, layers.Conv2D(channels, 3, padding="same", kernel_initializer="zeros")(y)])
+    """x + conv(relu(conv(norm(x)))), 3x3; starts as the identity. Without the norm, whole layers of ReLUs died.
+
+    Epsilon keeps flat black sky, where next to nothing is left to normalize, from blowing up the gradient.
+    """
+    options = {"filters": x.shape[-1], "kernel_size": 3, "padding": "same"}
+    y = layers.RMSNormalization(epsilon=0.01)(x)
+    y = layers.Conv2D(activation="relu", kernel_initializer="he_normal", **options)(y)
+    return layers.Add()([x, layers.Conv2D(kernel_initializer="zeros", **options)(y)])
 
 
 def build_nox(width, levels, n_channels):
@@ -624,15 +663,36 @@ def frozen(network, x):
     return network.stateless_call(fixed, network.non_trainable_variables, x)[0]
 
 
-def star_weighted_l1(starry, truth, starless, star_weight):
-    """Mean absolute error in which a star's pixels weigh more, those of faint light the most.
+def relative_l1(starry, truth, starless, star_weight):
+    """Weighted absolute error of each image over that of the starry one, mean over the batch: changing nothing gives 1.
 
-    light: how much the stars add; 0.02 of it makes a full star pixel; the quotient makes faint light weigh 3 times
-    light of half the range. Pixels without stars weigh 1 and hold the background where it is.
+    Star pixels weigh more, those of faint light the most: light is how much the stars add, 0.02 of it makes a full star
+    pixel, and the quotient makes faint light weigh 3 times light of half the range. Pixels without stars weigh 1 and
+    hold the background where it is. The ratio lets crowded and nearly empty pictures count alike: by their plain errors
+    a few crowded ones threw the training off (measured), and galaxies in empty ones were lost.
     """
     light = ops.max(ops.abs(starry - truth), axis=-1, keepdims=True)
     weight = 1 + star_weight * ops.clip(light / 0.02, 0, 1) * 0.3 / (0.1 + light)
-    return ops.mean(weight * ops.abs(starless - truth))
+    error, before = (ops.mean(weight * ops.abs(image - truth), axis=(1, 2, 3)) for image in (starless, starry))
+    return ops.mean(error / (before + 0.02))
+
+
+def masked_psnr(starless, truth, mask):
+    """PSNR in dB, at most 100, over the pixels where the mask, shape (batch, height, width, 1), is 1."""
+    error = ops.sum(mask * ops.mean(ops.square(starless - truth), axis=-1, keepdims=True)) / (ops.sum(mask) + 1e-6)
+    return -10 * ops.log10(ops.maximum(error, 1e-10))
+
+
+def qualities(starry, truth, starless):
+    """What is reported but not trained for: PSNR in dB of whole images, of star pixels and of the others, and SSIM."""
+    stars = ops.cast(ops.any(starry != truth, axis=-1, keepdims=True), "float32")
+    each = ops.mean(ops.square(starless - truth), axis=(1, 2, 3))
+    return {
+        "psnr": ops.mean(-10 * ops.log10(ops.maximum(each, 1e-10))),
+        "psnr_stars": masked_psnr(starless, truth, stars),
+        "psnr_background": masked_psnr(starless, truth, 1 - stars),
+        "ssim": ops.mean(ops.image.ssim(starless, truth)),
+    }
 
 
 def cross_entropy(logits, real):
@@ -643,7 +703,8 @@ def cross_entropy(logits, real):
 class Nox(keras.Model):
     """Generator and discriminator with every term of the loss in compute_loss, for training and validation alike."""
 
-    TERMS = ("generator", "l1", "features", "adversarial", "discriminator", "vgg", "psnr")
+    TERMS = ("generator", "l1", "features", "adversarial", "discriminator", "vgg")
+    QUALITIES = ("psnr", "psnr_stars", "psnr_background", "ssim")
 
     def __init__(self, architecture, settings):
         super().__init__(name="nox")
@@ -652,7 +713,7 @@ class Nox(keras.Model):
         self.discriminator = build_discriminator(architecture.n_channels)
         self.vgg = build_vgg(settings.vgg_weights, architecture.n_channels) if settings.vgg_weight else None
         self.adversarial = False  # whether the discriminator has come in
-        self.trackers = {name: keras.metrics.Mean(name=name) for name in self.TERMS}
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in self.TERMS + self.QUALITIES}
         self.build((None, None, None, architecture.n_channels))
 
     def build(self, input_shape):
@@ -669,7 +730,7 @@ class Nox(keras.Model):
 
     def losses_of(self, starry, truth, starless):
         """Each term by name, unweighted."""
-        terms = {"l1": star_weighted_l1(starry, truth, starless, self.settings.star_weight)}
+        terms = {"l1": relative_l1(starry, truth, starless, self.settings.star_weight)}
         if self.adversarial:
             *fake, fake_logits = frozen(self.discriminator, starless)
             *real, _ = frozen(self.discriminator, truth)
@@ -690,10 +751,9 @@ class Nox(keras.Model):
             "adversarial": s.adversarial_weight,
             "vgg": s.vgg_weight,
         }
-        generator = sum(weights[name] * value for name, value in terms.items() if name in weights)
-        error = ops.mean(ops.square(ops.cast(y_pred, "float32") - y), axis=(1, 2, 3))
-        terms |= {"generator": generator, "psnr": ops.mean(-10 * ops.log10(ops.maximum(error, 1e-10)))}
-        for name, value in terms.items():
+        generator = sum(weights[name] * value for name, value in terms.items() if name in weights) + sum(self.losses)
+        starless = ops.stop_gradient(ops.cast(y_pred, "float32"))
+        for name, value in {"generator": generator, **terms, **qualities(x, y, starless)}.items():
             self.trackers[name].update_state(value)
         if self.adversarial:
             return generator + terms["discriminator"]
@@ -978,10 +1038,13 @@ def set_aside(path):
     print(f"{path} was not written by this run and is kept as {free}")
 
 
-def open_run(folder, architecture):
-    """The id of the run whose checkpoint is in the folder, a new one if there is none; clears the way for its files."""
+def open_run(folder, architecture, lr):
+    """The record {id, architecture, lr} of the run whose checkpoint is in the folder, a new one if there is none.
+
+    Clears the way for its files; lr: the learning rate asked for now.
+    """
     record = folder / "run.json"
-    run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture)}
+    run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture), "lr": lr}
     fresh = not record.exists()
     if not fresh:
         try:
@@ -1002,9 +1065,8 @@ def open_run(folder, architecture):
     if fresh and Path("history.csv").exists():
         set_aside("history.csv")
     folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        write_bytes(record, json.dumps(run).encode())
-    return run["id"]
+    write_bytes(record, json.dumps(run | {"lr": lr}).encode())
+    return run
 
 
 def train(architecture, settings):
@@ -1022,7 +1084,7 @@ def train(architecture, settings):
     folder = Path("checkpoint") / Path(architecture.weights_name).stem
     if settings.weights and not (folder / "run.json").exists():
         start_from(model.generator, architecture, settings.weights)
-    run = open_run(folder, architecture)
+    run = open_run(folder, architecture, settings.lr)
 
     optimizer = TwoRateAdam(
         slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr,
@@ -1033,12 +1095,14 @@ def train(architecture, settings):
     model.compile(optimizer=optimizer, jit_compile=False)
     optimizer.build(model.trainable_variables)  # now, or TensorFlow traces the first step twice
     start = checkpoint.restore(model)
+    if run["lr"] != settings.lr:  # another one than before is meant; the same one leaves what the plateaus made of it
+        optimizer.learning_rate = settings.lr
     history = History(folder / "history.csv", Path("history.csv"), settings.ema, data.steps, start)
     monitor = "ema_val_generator" if held else "ema_generator"
     callbacks = [
         history,
         Plateau(history, monitor=monitor, patience=settings.patience, cooldown=settings.cooldown),
-        Outputs(architecture, settings, run, held or pairs, history),
+        Outputs(architecture, settings, run["id"], held or pairs, history),
         checkpoint,
     ]
     print(f"{len(pairs)} pairs to train on, {len(held)} to judge by, {start} of {settings.epochs} epochs done")
@@ -1051,11 +1115,13 @@ def train(architecture, settings):
 
 
 def fit(model, data, check, **options):
-    """model.fit, where a pair that cannot be used is told as just that."""
+    """model.fit, where a pair that cannot be used and a lack of memory are told as just that."""
     try:
         steps = {"steps_per_epoch": data.steps, "validation_steps": check and check.steps}
         model.fit(data, validation_data=check, shuffle=False, **steps, **options)
     except Exception as error:
+        if re.search(r"out of memory|OOM|RESOURCE_EXHAUSTED|DefaultCPUAllocator", str(error)):
+            raise BadInput("out of memory; lower --batch-size or --patch-size, the last epoch is kept") from None
         raise data.broken or (check and check.broken) or error from None
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -501,15 +502,17 @@ def test_psnr():
     assert nox.psnr(a, a) == 100
 
 
-def test_star_weighted_l1():
+def test_relative_l1():
     starry, truth, starless = (batch(2, 8, 8, 3, seed=seed) for seed in range(3))
     starry[:, :4] = truth[:, :4]
-    total = 0.0
+    error, before = np.zeros(2), np.zeros(2)
     for place in np.ndindex(2, 8, 8):
         light = np.abs(starry[place] - truth[place]).max()
         weight = 1 + 5 * min(light / 0.02, 1) * 0.3 / (0.1 + light)
-        total += weight * np.abs(starless[place] - truth[place]).sum()
-    assert float(nox.star_weighted_l1(starry, truth, starless, 5.0)) == pytest.approx(total / starry.size, rel=1e-5)
+        error[place[0]] += weight * np.abs(starless[place] - truth[place]).sum() / 192
+        before[place[0]] += weight * np.abs(starry[place] - truth[place]).sum() / 192
+    expected = np.mean(error / (before + 0.02))
+    assert float(nox.relative_l1(starry, truth, starless, 5.0)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_cross_entropy():
@@ -531,18 +534,63 @@ def test_local_contrast():
     np.testing.assert_allclose(nox.LocalContrast()(x), np.concatenate(found, axis=-1), atol=1e-4)
 
 
-def test_gate_clips_forwards_and_its_gradient_ends_only_above_one():
+def test_gate_and_fill_are_clipped_and_their_gradient_goes_on_weakly():
     tf = pytest.importorskip("tensorflow")
-    starry, fill = tf.constant([0.9, 0.9, 0.9, 0.9]), tf.constant([0.2, 0.2, 0.2, 0.2])
-    gate = tf.constant([-0.5, 0.0, 0.5, 1.7])
+    starry = tf.constant([0.9, 0.9, 0.9, 0.9, 0.9])
+    gate, fill = tf.constant([-0.5, 0.0, 0.5, 1.7, 0.5]), tf.constant([0.2, 0.2, 0.2, 0.2, -3.0])
     with tf.GradientTape() as tape:
         tape.watch([starry, gate, fill])
         starless = nox.Gate()([starry, gate, fill])
-    np.testing.assert_allclose(starless, [0.9, 0.9, 0.55, 0.2], atol=1e-6)
+    np.testing.assert_allclose(starless, [0.9, 0.9, 0.55, 0.2, 0.45], atol=1e-6)
     by_starry, by_gate, by_fill = tape.gradient(starless, [starry, gate, fill])
-    np.testing.assert_allclose(by_gate, [-0.7, -0.7, -0.7, 0], atol=1e-6)
-    np.testing.assert_allclose(by_fill, [0, 0, 0.5, 1], atol=1e-6)
-    np.testing.assert_allclose(by_starry, [1, 1, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(by_gate, [-0.14, -0.7, -0.7, -0.14, -0.9], atol=1e-6)
+    np.testing.assert_allclose(by_fill, [0, 0, 0.5, 1, 0.1], atol=1e-6)
+    np.testing.assert_allclose(by_starry, [1, 1, 0.5, 0, 0.5], atol=1e-6)
+
+
+def test_a_shut_gate_leaves_the_very_bits():
+    starry = batch(1, 9, 9, 3)
+    starless = nox.Gate()([starry, np.full_like(starry, -0.3), np.full_like(starry, 7.7)])
+    np.testing.assert_array_equal(starless, starry)
+
+
+def test_a_fill_behind_a_shut_gate_is_pulled_back_when_it_runs_away():
+    model = nox.Nox(ARCHITECTURE, nox.Training())
+    x, y = batch(1, 16, 16, 3), batch(1, 16, 16, 3, seed=1)
+    gate = gate_layer(model.generator)
+    assert float(model.compute_loss(x, y, model(x))) == pytest.approx(float(model.losses_of(x, y, model(x))["l1"]))
+    kernel, bias = gate.get_weights()
+    gate.set_weights([0 * kernel, bias - 4])  # 3.95 below 0, that is 2.95 below -1
+    loss = float(model.compute_loss(x, y, model(x)))
+    assert loss == pytest.approx(float(model.losses_of(x, y, x)["l1"]) + 2.95**2, rel=1e-4)
+
+
+def test_qualities(tmp_path):
+    truth, starless = batch(2, 24, 24, 3), batch(2, 24, 24, 3, seed=1)
+    starry = truth.copy()
+    starry[0, 4:9, 4:9, 1] += 0.2
+    found = {name: float(value) for name, value in nox.qualities(starry, truth, starless).items()}
+    error = np.square(starless - truth).mean(axis=3)
+    stars = np.zeros((2, 24, 24), bool)
+    stars[0, 4:9, 4:9] = True
+    assert found["psnr"] == pytest.approx(np.mean([cv2.PSNR(a, b, 1) for a, b in zip(truth, starless)]), abs=1e-3)
+    assert found["psnr_stars"] == pytest.approx(-10 * np.log10(error[stars].mean()), abs=1e-3)
+    assert found["psnr_background"] == pytest.approx(-10 * np.log10(error[~stars].mean()), abs=1e-3)
+    assert found["ssim"] == pytest.approx(np.mean([ssim(a, b) for a, b in zip(truth, starless)]), abs=1e-4)
+    assert float(nox.qualities(truth, truth, truth)["psnr_stars"]) == 100
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) with Gaussian windows of sigma 1.5 that lie inside the images."""
+
+    def blur(x):
+        return cv2.GaussianBlur(x.astype(np.float64), (11, 11), 1.5)[5:-5, 5:-5]
+
+    mean_a, mean_b = blur(a), blur(b)
+    variances = blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    index = (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
+    return (index / ((mean_a**2 + mean_b**2 + 1e-4) * (variances + 9e-4))).mean()
 
 
 def test_the_vgg_term_is_the_distance_of_features_as_keras_prepares_them(tmp_path):
@@ -581,7 +629,7 @@ def test_each_network_learns_from_its_own_terms_alone():
         starless = model.generator(x)
         terms = model.losses_of(x, y, starless)
         total = model.compute_loss(x, y, starless)
-        generators = terms["l1"] + 0.02 * terms["features"] + 0.0005 * terms["adversarial"]
+        generators = terms["l1"] + 0.2 * terms["features"] + 0.005 * terms["adversarial"]
 
     def steps(loss, variables):
         return [0 * v if g is None else g for g, v in zip(tape.gradient(loss, variables), variables)]
@@ -665,8 +713,42 @@ def test_the_learning_rate_falls_at_the_same_epochs_when_a_run_is_interrupted_at
 def test_an_orphan_is_named(folder):
     make_pairs(folder / "pairs", 3)
     (folder / "pairs" / "y1.png").unlink()
-    assert re.search(r"x1\.png: its partner y1\.png is missing", mistake("train", "--data", "pairs", *TINY))
+    assert re.search(r"x1\.png: its partner pairs/y1\.png is missing", mistake("train", "--data", "pairs", *TINY))
     assert names(folder) == ["pairs"]
+
+
+def test_pairs_in_the_folders_that_starnet_uses(folder):
+    make_pairs(folder / "pairs", 3)
+    for letter, place in ("x", "original"), ("y", "starless"):
+        (folder / "pairs" / place).mkdir()
+        for i in range(3):
+            pixels = read(folder / "pairs" / f"{letter}{i}.png").astype(np.uint16) * 257
+            write(folder / "pairs" / place / f"sky {i}.tif", pixels)
+            (folder / "pairs" / f"{letter}{i}.png").unlink()
+    found = nox.find_pairs("pairs")
+    assert [(x.parent.name, x.name, y.parent.name, y.name) for x, y in found] == [
+        ("original", f"sky {i}.tif", "starless", f"sky {i}.tif") for i in range(3)
+    ]
+    starry, starless = nox.Pairs(found, nox.Training(patch_size=32, batch_size=3), 3, False)[0]
+    assert starless.min() >= 0 and 0.1 < starless.mean() < starry.mean() < starry.max() <= 1
+    (folder / "pairs" / "original" / "sky 2.tif").unlink()
+    assert mistake("train", "--data", "pairs", *TINY).endswith("sky 2.tif: its partner original/sky 2.tif is missing")
+
+
+def test_float_pairs_are_named(folder):
+    make_pairs(folder / "pairs", 2)
+    for letter in "xy":
+        (folder / "pairs" / f"{letter}1.png").unlink()
+        write(folder / "pairs" / f"{letter}1.tif", noise(48, 48, 3).astype(np.float32))
+    assert "pairs are of 8 or 16 bits, not float32" in mistake("train", "--data", "pairs", *TINY)
+
+
+def test_a_lack_of_memory_is_told_with_the_advice(data, folder, monkeypatch):
+    def fit(*arguments, **options):
+        raise RuntimeError("Graph execution error: OOM when allocating tensor with shape[64,256,256,32]")
+
+    monkeypatch.setattr(nox.Nox, "fit", fit)
+    assert "out of memory; lower --batch-size" in mistake("train", "--data", data, *TINY)
 
 
 @pytest.mark.parametrize("change", [(40, 48, 3, "uint8"), (48, 48, 1, "uint8"), (48, 48, 3, "uint16")])
@@ -756,6 +838,29 @@ def test_augmentation_leaves_both_pictures_the_same_but_for_the_stars():
         new_starry, new_starless = nox.augmented(np.random.default_rng(seed), starry, starless)
         differ = (new_starry != new_starless).any(axis=(0, 3))
         assert differ[4:6, 4:6].all() and differ.sum() == 4
+
+
+@pytest.mark.parametrize("size", [16, 32, 50])
+def test_resizing_keeps_the_light_and_the_range(size):
+    x = np.zeros((32, 32, 1), np.float32)
+    x[8:24, 8:24] = 1
+    y = nox.resized(x, size)
+    assert y.shape == (size, size, 1) and y.min() >= 0 and y.max() <= 1
+    assert y.mean() == pytest.approx(0.25, rel=0.03)
+
+
+def test_crops_come_in_several_scales(tmp_path):
+    """Stripes two pixels wide, seen at scales from two thirds to two."""
+    for letter in "xy":
+        write(tmp_path / f"{letter}0.png", np.tile(np.array([0, 0, 255, 255], np.uint8)[:, None], (24, 96))[..., None])
+    settings = nox.Training(patch_size=32, crops=1, batch_size=1)
+    batches = nox.Pairs(nox.find_pairs(tmp_path), settings, 1, True)
+    crops = [batches[i][0][0, ..., 0] for i in range(60)]
+    periods = set()
+    for crop in crops:
+        lines = crop.mean(axis=0) if np.ptp(crop.mean(axis=0)) > np.ptp(crop.mean(axis=1)) else crop.mean(axis=1)
+        periods.add(round(32 / max(1, np.abs(np.fft.rfft(lines - lines.mean())).argmax())))
+    assert 4 in periods and min(periods) < 4 < max(periods)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -924,7 +1029,7 @@ def test_history_has_each_epoch_once_with_every_term(whole):
 
 def test_the_reported_loss_is_the_weighted_sum_of_its_terms(whole):
     table = pd.read_csv(whole[0] / "history.csv").fillna(0)
-    expected = table["l1"] + 0.02 * table["features"] + 0.0005 * table["adversarial"]
+    expected = table["l1"] + 0.2 * table["features"] + 0.005 * table["adversarial"]
     np.testing.assert_allclose(table["generator"], expected, rtol=1e-4)
 
 
@@ -970,6 +1075,17 @@ def test_a_run_interrupted_and_resumed_equals_one_that_was_not(whole, resumed):
     assert arrays.keys() == others.keys() and len(arrays) > 50
     for key, array in arrays.items():
         np.testing.assert_allclose(others[key], array, atol=1e-4, err_msg=key)
+
+
+def test_another_learning_rate_takes_effect_when_a_run_goes_on(whole, data, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "copy")
+    with contextlib.chdir(tmp_path / "copy"):
+        run("train", "--data", data, *RUN, "--epochs", 9)
+        run("train", "--data", data, *RUN, "--epochs", 10, "--lr", 1e-5)
+        run("train", "--data", data, *RUN, "--epochs", 11, "--lr", 1e-5)
+        rates = pd.read_csv("history.csv")["learning_rate"].tolist()
+    assert rates[8] in (rates[7], rates[7] / 2)
+    assert rates[9:] == pytest.approx([1e-5, 1e-5])
 
 
 def test_an_interruption_ends_with_one_line_that_says_how_to_go_on(resumed):
