@@ -87,7 +87,8 @@ class Range:
 
 # Stars. A population is drawn with its chance; "faintest" is how far its faintest star stands over the sky once
 # stretched (0.01 drowns in noise, 0.1 is plain); "span" is magnitudes from faintest to brightest; "slope" is s of
-# N(>F) ~ F^-s (1.5 is a uniform space, real fields lie below); "spread" is the radius of its clumps over the frame.
+# N(>F) ~ F^-s (1.5 is a uniform space, real fields lie below); "spread" is the radius of its clumps over the frame;
+# "disc" is the radius in pixels to which the stars are saturated, drawn in place of a magnitude.
 @dataclasses.dataclass(frozen=True)
 class Population:
     chance: float
@@ -97,21 +98,28 @@ class Population:
     slope: Range
     temperature: Range
     spread: Range | None = None
+    disc: Range | None = None
 
 
 POPULATIONS = {
-    "field": Population(0.90, Range(100, 6000, True), Range(0.015, 0.15, True), Range(5, 9), Range(0.5, 1.2), Range(3000, 12000, True)),
-    "crowd": Population(0.35, Range(5000, 30000, True), Range(0.01, 0.06, True), Range(2, 6), Range(0.9, 1.6), Range(2800, 7000, True)),
-    "cluster": Population(0.20, Range(200, 4000, True), Range(0.02, 0.2, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), Range(0.03, 0.25, True)),
-    "giants": Population(0.75, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
+    "field": Population(0.90, Range(60, 6000, True), Range(0.015, 0.40, True), Range(4, 9), Range(0.4, 1.2), Range(3000, 12000, True)),
+    "crowd": Population(0.35, Range(5000, 60000, True), Range(0.01, 0.25, True), Range(2, 6), Range(0.7, 1.6), Range(2400, 7000, True)),
+    "dwarfs": Population(0.30, Range(200, 8000, True), Range(0.012, 0.06, True), Range(1, 3), Range(0.8, 1.4), Range(1800, 3600, True)),
+    "cluster": Population(0.20, Range(200, 6000, True), Range(0.02, 0.4, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), spread=Range(0.03, 0.25, True)),
+    "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
+    "beacons": Population(0.28, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(4, 30, True)),
 }  # fmt: skip
+STARLESS_CHANCE = 0.04  # no star at all: nothing may be taken
+SPARSE_CHANCE, SPARSE = 0.25, Range(0.01, 0.3, True)  # share that is left of all stars but giants and beacons
+EXCESS = 3e5  # most light of a beacon over a just saturated star's: 14 magnitudes
 
 # Optics.
-FWHM = Range(1.2, 6.5, True)  # pixels; most pictures are sampled at 2 to 4 pixels
-FWHM_LARGE = Range(6.5, 15, True)  # long focal lengths and poor seeing
-FWHM_LARGE_CHANCE = 0.12
+FWHM = Range(1.2, 5.0, True)  # pixels; most pictures are sampled at 2 to 4 pixels
+FWHM_LARGE = Range(5.0, 15, True)  # long focal lengths and poor seeing
+FWHM_LARGE_CHANCE = 0.10
 BETA = Range(2.0, 6.0, True)  # Moffat's exponent: 2.5 measured seeing, 4.765 Kolmogorov, more: short wings
-CORE_SHARES = {"moffat": 0.72, "gaussian": 0.12, "airy": 0.10, "defocus": 0.06}
+CORE_SHARES = {"moffat": 0.68, "gaussian": 0.10, "airy": 0.17, "defocus": 0.05}
+AIRY_BAND = (0.88, 0.94, 1.0, 1.06, 1.12)  # wavelengths over the middle one of a filter
 OBSTRUCTION = Range(0.2, 0.5)  # secondary mirror over aperture, of defocused stars
 AXIS_RATIO = Range(0.75, 1.0)  # minor over major axis: tilt, guiding
 TRAIL_CHANCE, TRAIL = 0.12, Range(0.5, 2.0)  # guiding trail in FWHM
@@ -122,9 +130,9 @@ ZONES = 3  # a picture with coma is divided into ZONES x ZONES, each with its ow
 CHROMATIC_CHANCE = 0.25
 CHROMATIC_FWHM = Range(0.9, 1.25)  # red and blue FWHM over green
 CHROMATIC_SHIFT = Range(-0.6, 0.6)  # lateral colour, pixels
-SPIKE_CHANCE = 0.5
+SPIKE_CHANCE = 0.6
 SPIKE_AXES = {2: 0.70, 3: 0.20, 4: 0.10}  # two arms an axis: 4 (reflector, Hubble), 6 (JWST), 8
-SPIKE_LIGHT = Range(0.004, 0.12, True)  # share of the star's light in all its spikes
+SPIKE_LIGHT = Range(0.01, 0.15, True)  # share of the star's light in all its spikes
 SPIKE_WIDTH = Range(0.35, 0.8)  # in FWHM
 SPIKE_DECAY = Range(1.2, 2.2)  # exponent of the fall along the arm
 SPIKE_RAINBOW_CHANCE, SPIKE_SPLIT_CHANCE = 0.4, 0.2
@@ -138,7 +146,7 @@ REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.08, Range(0.003, 0.03
 BLEED_CHANCE, BLEED = 0.04, Range(2, 10)  # charge of saturated stars along the CCD's columns, FWHM a decade of excess
 
 # Colour of the stars.
-SATURATION = Range(0.0, 2.2)  # exponent on a star's blackbody colour: 0 grey, 1 true, 2 pushed
+SATURATION = Range(0.0, 2.6)  # exponent on a star's blackbody colour: 0 grey, 1 true, 2 pushed
 TINT_CHANCE, TINT = 0.25, Range(0.5, 1.5)  # narrow-band palettes, poor white balance, unlinked stretch
 MONO_CHANCE = 0.15  # grey pictures among the colour pairs
 
@@ -146,9 +154,9 @@ MONO_CHANCE = 0.15  # grey pictures among the colour pairs
 SCREEN_CHANCE = 0.25  # stretched stars screen-blended, the original way; else linear light is added
 MIDTONES = Range(0.003, 0.25, True)  # of the midtones transfer function: 0.003 deep stretch, 0.25 gentle
 STRETCH_SHARES = {"mtf": 0.60, "asinh": 0.25, "log": 0.15}
-NOISE = Range(0.0008, 0.05, True)  # standard deviation in display units at the sky's level
+NOISE = Range(0.0006, 0.03, True)  # standard deviation in display units at the sky's level
 PHOTON_SHARE = Range(0.0, 1.0)  # part of the variance at the sky's level that grows with the light
-CORRELATION_CHANCE, CORRELATION = 0.5, Range(0.4, 1.3)  # debayering and resampling: blur of the noise, pixels
+CORRELATION_CHANCE, CORRELATION = 0.75, Range(0.4, 1.0)  # debayering and resampling: blur of the noise, pixels
 CHROMA = Range(0.0, 1.0)  # 0: the same noise in all channels, 1: independent
 BANDING_CHANCE, BANDING = 0.08, Range(0.05, 0.4)  # row or column noise over pixel noise
 HOT_PIXEL_CHANCE, HOT_PIXELS = 0.06, Range(3, 60, True)  # left in both pictures, per megapixel
@@ -160,14 +168,15 @@ SHARPEN_CHANCE, SHARPEN_AMOUNT, SHARPEN_RADIUS = 0.30, Range(0.3, 2.0), Range(0.
 DENOISE_CHANCE, DENOISE = 0.20, Range(0.5, 1.0)  # share of the smoothed picture
 CONTRAST_CHANCE, CONTRAST = 0.10, Range(0.1, 0.4)
 VIBRANCE_CHANCE, VIBRANCE = 0.30, Range(0.6, 1.8)
-JPEG_CHANCE, JPEG_QUALITY = 0.20, Range(82, 98)
+JPEG_CHANCE, JPEG_QUALITY = 0.35, Range(72, 98)
 
 # Backgrounds.
-SKY_LEVEL = Range(0.012, 0.35, True)  # display level of the darkest sky
+SKY_LEVEL = Range(0.02, 0.40, True)  # display level of the darkest sky
 NEBULA_PEAK = Range(0.08, 2.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
 EMPTY_SKY_CHANCE = 0.2  # no nebula at all: a gradient and noise
-GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.12, 0.15, 0.06
-KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.20, 0.04, 0.05
+GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.18, 0.22, 0.12
+KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
+KNOTS = Range(3, 80, True)  # a picture that has any
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.25, 1.0)
@@ -301,7 +310,7 @@ def smoothstep(field, low, high):
 
 def gas(rng, size):
     """Density of turbulent gas, log-normal as in the interstellar medium, its 99th percentile 1."""
-    field = warp(rng, turbulence(rng, size, rng.uniform(1.8, 3.0)), size * rng.uniform(0.03, 0.2))
+    field = warp(rng, turbulence(rng, size, rng.uniform(1.6, 3.0)), size * rng.uniform(0.03, 0.2))
     return np.exp(np.float32(rng.uniform(1.5, 5)) * (field - 1))
 
 
@@ -372,7 +381,7 @@ def sky_gradient(rng, size):
 
 def spiral_galaxy(rng, size, fwhm):
     """A large galaxy with bulge, disk, spiral arms, dust and HII knots, added light of shape (size, size, 3)."""
-    scale, q, angle = size * rng.uniform(0.06, 0.25), rng.uniform(0.2, 1.0), rng.uniform(0, np.pi)
+    scale, q, angle = size * Range(0.06, 0.5, True)(rng), rng.uniform(0.2, 1.0), rng.uniform(0, np.pi)
     y, x = np.indices((size, size), dtype=np.float32)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
@@ -389,6 +398,7 @@ def spiral_galaxy(rng, size, fwhm):
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
     light = (bulge + 0.5 * disk)[..., None] * old + (disk * (0.2 + arms) * dust)[..., None] * young
     light = light + rng.uniform(0, 1) * knots[..., None] * np.array(PALETTE["magenta"])
+    light = light + (disk * arms)[..., None] * blobs(rng, size, fwhm)
     return rng.uniform(0.2, 0.8) * light.astype(np.float32)
 
 
@@ -421,11 +431,11 @@ def galaxy_field(rng, size, fwhm):
 SERSIC = Sersic2D()  # evaluate() with numbers, as for the PSFs
 
 
-def knots(rng, size, fwhm):
+def blobs(rng, size, fwhm):
     """Small bright blobs wider than a star, irregular, that must stay: HII regions and globules' rims."""
     light = np.zeros((size, size, 3), np.float32)
     hue = np.array(PALETTE[rng.choice(list(PALETTE))], np.float32)
-    for _ in range(rng.integers(3, 25)):
+    for _ in range(int(KNOTS(rng))):
         sigma = fwhm * rng.uniform(0.9, 3.0) + 1
         half = int(6 * sigma)
         blob = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
@@ -478,7 +488,7 @@ def painted_sky(rng, size, fwhm):
     if chance(rng, GALAXY_FIELD_CHANCE + GALAXY_CLUSTER_CHANCE):
         image = image + galaxy_field(rng, size, fwhm)
     if chance(rng, KNOT_CHANCE):
-        image = image + knots(rng, size, fwhm)
+        image = image + blobs(rng, size, fwhm)
     if chance(rng, GLOBULAR_CHANCE):
         image = image + globular(rng, size)
     if chance(rng, COMET_CHANCE):
@@ -576,8 +586,9 @@ def core_profile(optics, u, v, fwhm):
     """Light per square pixel of a star of flux 1 at (u, v) from its centre, circular, total 1."""
     if optics.core == "gaussian":
         return GAUSSIAN.evaluate(u, v, 1, 0, 0, fwhm, fwhm, 0)
-    if optics.core == "airy":  # FWHM = 0.8436 x the radius of the first dark ring
-        return 0.8 * AIRY.evaluate(u, v, 1, 0, 0, fwhm / 0.8436) + 0.2 * moffat(u, v, fwhm, 3.0)
+    if optics.core == "airy":  # FWHM = 0.8436 x the radius of the first dark ring; a filter's band smears outer rings
+        rings = sum(AIRY.evaluate(u, v, 1, 0, 0, fwhm / 0.8436 * band) for band in AIRY_BAND) / len(AIRY_BAND)
+        return 0.8 * rings + 0.2 * moffat(u, v, fwhm, 3.0)
     if optics.core == "defocus":  # out of focus: the image of the pupil, with the shadow of the secondary mirror
         r, outer, soft = np.hypot(u, v), fwhm / 2, 0.08 * fwhm + 0.3
         inner = optics.obstruction * outer
@@ -645,30 +656,37 @@ def draw_stars(rng, shape, optics, visible_flux):
     visible_flux(d) is the flux of a star that stands d over the sky once stretched. Stars up to a margin outside the
     frame are drawn too: their halos reach in.
     """
+    names = [] if chance(rng, STARLESS_CHANCE) else [n for n, p in POPULATIONS.items() if chance(rng, p.chance)]
+    left = SPARSE(rng) if chance(rng, SPARSE_CHANCE) else 1.0
+    tables = [draw_population(rng, "field", 0, shape, optics, visible_flux)]  # the columns, for a picture of no stars
+    for name in names:
+        share = 1.0 if name in ("giants", "beacons") else left
+        tables.append(draw_population(rng, name, share, shape, optics, visible_flux))
+    return vstack(tables)
+
+
+def draw_population(rng, name, share, shape, optics, visible_flux):
+    """draw_stars' table for one population, of which a share is left."""
+    population = POPULATIONS[name]
     height, width = shape
     margin = 0.06 * max(shape)
-    tables = []
-    while not tables:
-        for name, population in POPULATIONS.items():
-            if not chance(rng, population.chance):
-                continue
-            area = (height + 2 * margin) * (width + 2 * margin) / 1e6
-            density = population.density(rng) / max(1, optics.fwhm / 3) ** 2  # wide stars fill the frame sooner
-            count = max(1, rng.poisson(density * area))
-            x, y = rng.uniform(-margin, width + margin, count), rng.uniform(-margin, height + margin, count)
-            if population.spread:  # a cluster: Gaussian clump round a random centre
-                radius = population.spread(rng) * max(shape)
-                x, y = (
-                    rng.normal(rng.uniform(0, width), radius, count),
-                    rng.normal(rng.uniform(0, height), radius, count),
-                )
-            near = (np.abs(x - width / 2) < width / 2 + margin) & (np.abs(y - height / 2) < height / 2 + margin)
-            flux = visible_flux(population.faintest(rng))
-            flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
-            temperature = population.temperature(rng, count)
-            columns = {"x": x, "y": y, "flux": flux, "fwhm": np.full(count, optics.fwhm), "temperature": temperature}
-            tables.append(Table({**columns, "population": np.full(count, name)})[near])
-    return vstack(tables)
+    area = (height + 2 * margin) * (width + 2 * margin) / 1e6
+    density = population.density(rng) / max(1, optics.fwhm / 3) ** 2  # wide stars fill the frame sooner
+    count = rng.poisson(share * density * area)
+    x, y = rng.uniform(-margin, width + margin, count), rng.uniform(-margin, height + margin, count)
+    if population.spread:  # a cluster: Gaussian clump round a random centre
+        radius = population.spread(rng) * max(shape)
+        x, y = rng.normal(rng.uniform(0, width), radius, count), rng.normal(rng.uniform(0, height), radius, count)
+    near = (np.abs(x - width / 2) < width / 2 + margin) & (np.abs(y - height / 2) < height / 2 + margin)
+    flux = visible_flux(population.faintest(rng))
+    if population.disc:
+        radius = population.disc(rng, count)
+        flux = flux * np.minimum(point_spread(optics, 0.0, 0.0, 1) / point_spread(optics, radius, 0.0, 1), EXCESS)
+    else:
+        flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
+    temperature = population.temperature(rng, count)
+    columns = {"x": x, "y": y, "flux": flux, "fwhm": np.full(count, optics.fwhm), "temperature": temperature}
+    return Table({**columns, "population": np.full(count, name)})[near]
 
 
 def star_colors(rng, temperature, color):
@@ -822,8 +840,8 @@ def draw_wings(x, y, fluxes, optics, sprite_radius, shape, threshold):
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
     outside = 1 - blend_to_wings(np.hypot(dx, dy), sprite_radius)
     kernels = far_light(optics, dx, dy)
-    for channel in range(3):
-        kernels[..., channel] += outside * point_spread(optics, dx, dy, 1 if optics.gray else channel)
+    cores = [point_spread(optics, dx, dy, channel) for channel in ([1] if optics.gray else range(3))]
+    kernels += (outside * cores).transpose(1, 2, 0)
     light = [cv2.filter2D(points[..., c], -1, cv2.flip(kernels[..., c], -1), borderType=cv2.BORDER_CONSTANT) for c in range(3)]  # fmt: skip
     return np.stack(light, axis=-1)[margin:-margin, margin:-margin].clip(0)
 
