@@ -41,7 +41,7 @@ def names(folder):
 def plain_optics(**changes):
     """Round Moffat stars without spikes, halo, coma or colour."""
     values = dict(
-        core="moffat", fwhm=4.0, beta=3.0, axis_ratio=1.0, angle=0.0, obstruction=0.3, chromatic=np.ones(3),
+        core="moffat", fwhm=4.0, beta=3.0, axis_ratio=1.0, angle=0.0, obstruction=0.3, band=0.05, chromatic=np.ones(3),
         shift=np.zeros((3, 2)), trail=np.zeros(2), coma=0.0, field_stretch=0.0, field_blur=0.0, spikes=None, halo=None,
         reflection=None,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_ellipse_has_the_asked_axis_ratio_and_angle():
 
 @pytest.mark.parametrize("angles", [[0.3, 0.3 + np.pi / 2], [0.1, 0.1 + np.pi / 3, 0.1 + 2 * np.pi / 3]])
 def test_spikes_point_where_asked(angles):
-    spikes = dict(angles=np.array(angles), light=0.05, width=0.5, decay=1.5, rainbow=0.0, period=20.0)
+    spikes = dict(angles=np.array(angles), light=0.05, width=0.5, decay=1.5, length=60.0, rainbow=0.0, period=20.0)
     image = draw([(150, 150, 1000.0)], plain_optics(fwhm=3.0, spikes=spikes), 301)
     polar = cv2.warpPolar(image.astype(np.float32), (150, 720), (150, 150), 150, cv2.INTER_LINEAR)
     profile = polar[:, 40:120].mean(axis=1)  # by angle, half a degree a row
@@ -156,7 +156,7 @@ def test_spikes_point_where_asked(angles):
 
 
 def test_star_beyond_the_edge_sends_its_halo_in():
-    halo = {"light": 0.2, "scale": 10.0, "blue": 1.0}
+    halo = {"light": 0.2, "scale": 10.0, "blue": 1.0, "rays": np.ones(2)}
     image = draw([(-3.0, 40.0, 1000.0)], plain_optics(halo=halo), 81, 1e-4)
     r = 20 + 3
     expected = 1000 * (0.2 * np.exp(-r / 10) / (2 * np.pi * 100))
