@@ -141,7 +141,7 @@ SPIKE_PERIOD = Range(8, 40, True)  # pixels between the colour fringes of a spik
 HALO_CHANCE = 0.5
 HALO_LIGHT = Range(0.01, 0.25, True)  # share of the star's light
 HALO_SCALE = Range(4, 30, True)  # exponential scale in FWHM
-RAYS_CHANCE, RAYS, RAY_COUNT = 0.4, Range(0.3, 1.2), Range(80, 400, True)  # hairs of scattered light in the halo
+RAYS_CHANCE, RAYS, RAY_COUNT = 0.4, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
 REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.08, Range(0.003, 0.03, True), Range(10, 60, True)
 
@@ -179,6 +179,7 @@ EMPTY_SKY_CHANCE = 0.2  # no nebula at all: a gradient and noise
 GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.18, 0.22, 0.12
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
 KNOTS = Range(3, 80, True)  # a picture that has any
+GALAXY_LIGHT = Range(0.3, 3.0, True)  # middle of a large galaxy before the shoulder
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.25, 1.0)
@@ -393,15 +394,15 @@ def spiral_galaxy(rng, size, fwhm):
     arms = (0.5 + 0.5 * np.cos(winding + 5 * grain)) ** rng.uniform(0.7, 2.5) * (0.3 + grain.clip(0))
     arms = 0.3 + (arms - 0.3) * smoothstep(radius, 0.2 * scale, 1.2 * scale)  # not into the bulge
     disk = np.exp(-radius / scale)
-    knots = np.where((grain > 0.8) & (arms > 0.5), 1, 0).astype(np.float32)
+    knots = np.where((turbulence(rng, size, 1.0) > 0.95) & (arms > 0.4), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
     bulge = np.exp(-radius / (0.15 * scale))
     old, young = np.array([1.0, 0.85, 0.65]), np.array([0.6, 0.75, 1.0])
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
     light = (bulge + 0.5 * disk)[..., None] * old + (disk * (0.2 + arms) * dust)[..., None] * young
-    light = light + rng.uniform(0, 1) * knots[..., None] * np.array(PALETTE["magenta"])
-    light = light + (disk * arms)[..., None] * blobs(rng, size, fwhm)
-    return rng.uniform(0.2, 0.8) * light.astype(np.float32)
+    light = light + rng.uniform(0, 3) * knots[..., None] * np.array(PALETTE["magenta"])
+    light = light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm)
+    return np.float32(GALAXY_LIGHT(rng)) * light.astype(np.float32)
 
 
 def galaxy_field(rng, size, fwhm):
@@ -678,11 +679,10 @@ def draw_stars(rng, shape, optics, visible_flux):
     visible_flux(d) is the flux of a star that stands d over the sky once stretched. Stars up to a margin outside the
     frame are drawn too: their halos reach in.
     """
-    names = [] if chance(rng, STARLESS_CHANCE) else [n for n, p in POPULATIONS.items() if chance(rng, p.chance)]
-    left = SPARSE(rng) if chance(rng, SPARSE_CHANCE) else 1.0
-    tables = [draw_population(rng, "field", 0, shape, optics, visible_flux)]  # the columns, for a picture of no stars
-    for name in names:
-        share = 1.0 if name in ("giants", "beacons") else left
+    any_stars, left = not chance(rng, STARLESS_CHANCE), SPARSE(rng) if chance(rng, SPARSE_CHANCE) else 1.0
+    tables = []
+    for name, population in POPULATIONS.items():
+        share = any_stars * chance(rng, population.chance) * (1.0 if name in ("giants", "beacons") else left)
         tables.append(draw_population(rng, name, share, shape, optics, visible_flux))
     return vstack(tables)
 

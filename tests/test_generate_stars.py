@@ -307,7 +307,7 @@ def test_far_from_every_star_nothing_is_changed(monkeypatch):
     lone = gs.Population(1.0, gs.Range(100, 101), gs.Range(0.2, 0.3), gs.Range(1, 2), gs.Range(1, 1.1), gs.Range(5000, 6000))  # fmt: skip
     monkeypatch.setattr(gs, "POPULATIONS", {"field": lone})
     monkeypatch.setattr(gs, "draw_optics", lambda rng, color: plain_optics(fwhm=2.5, beta=4.0))
-    for name in ("CONTRAST_CHANCE", "JPEG_CHANCE"):  # which reach far by design
+    for name in ("CONTRAST_CHANCE", "JPEG_CHANCE", "STARLESS_CHANCE", "SPARSE_CHANCE"):  # the first two reach far
         monkeypatch.setattr(gs, name, 0)
     for index in range(4):
         starry, starless, stars = make(index, size=256)
