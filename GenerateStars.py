@@ -33,6 +33,7 @@ from astropy.modeling.models import BlackBody, Sersic2D
 from astropy.table import Table, vstack
 from photutils.datasets import apply_poisson_noise
 from photutils.psf import AiryDiskPSF, GaussianPSF, MoffatPSF
+from scipy.special import boxcox1p, inv_boxcox1p
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ class Population:
 
 
 POPULATIONS = {
-    "field": Population(0.90, Range(60, 6000, True), Range(0.015, 0.40, True), Range(4, 9), Range(0.4, 1.2), Range(3000, 12000, True)),
+    "field": Population(0.90, Range(100, 8000, True), Range(0.015, 0.40, True), Range(4, 9), Range(0.4, 1.2), Range(3000, 12000, True)),
     "crowd": Population(0.35, Range(5000, 60000, True), Range(0.01, 0.25, True), Range(2, 6), Range(0.7, 1.6), Range(2400, 7000, True)),
     "dwarfs": Population(0.30, Range(200, 8000, True), Range(0.012, 0.06, True), Range(1, 3), Range(0.8, 1.4), Range(1800, 3600, True)),
     "cluster": Population(0.20, Range(200, 6000, True), Range(0.02, 0.4, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), spread=Range(0.03, 0.25, True)),
@@ -110,7 +111,7 @@ POPULATIONS = {
     "beacons": Population(0.28, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(4, 30, True)),
 }  # fmt: skip
 STARLESS_CHANCE = 0.04  # no star at all: nothing may be taken
-SPARSE_CHANCE, SPARSE = 0.25, Range(0.01, 0.3, True)  # share that is left of all stars but giants and beacons
+SPARSE_CHANCE, SPARSE = 0.20, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
 EXCESS = 3e5  # most light of a beacon over a just saturated star's: 14 magnitudes
 
 # Optics.
@@ -126,12 +127,14 @@ TRAIL_CHANCE, TRAIL = 0.12, Range(0.5, 2.0)  # guiding trail in FWHM
 COMA_CHANCE, COMA = 0.20, Range(0.3, 1.5)  # comet tail at the frame's corner in FWHM
 FIELD_STRETCH = Range(0.0, 0.35)  # radial elongation at the corner
 FIELD_BLUR = Range(0.0, 0.3)  # FWHM at the corner over that in the middle, less 1: field curvature
-ZONES = 3  # a picture with coma is divided into ZONES x ZONES, each with its own PSF
+SEEING_CHANCE, SEEING = 0.2, Range(-0.1, 0.1)  # FWHM at an edge over the middle, less 1: tilt, drifting air
+ZONES = 3  # a picture with coma or changing seeing is divided into ZONES x ZONES, each with its own PSF
 CHROMATIC_CHANCE = 0.25
 CHROMATIC_FWHM = Range(0.9, 1.25)  # red and blue FWHM over green
 CHROMATIC_SHIFT = Range(-0.6, 0.6)  # lateral colour, pixels
 SPIKE_CHANCE = 0.6
 SPIKE_AXES = {2: 0.70, 3: 0.20, 4: 0.10}  # two arms an axis: 4 (reflector, Hubble), 6 (JWST), 8
+SPIKE_UNEVEN_CHANCE, SPIKE_UNEVEN = 0.3, Range(0.2, 1.0, True)  # light of the axes over each other
 SPIKE_LIGHT = Range(0.01, 0.15, True)  # share of the star's light in all its spikes
 SPIKE_WIDTH = Range(0.35, 0.8)  # in FWHM
 SPIKE_DECAY = Range(1.2, 2.2)  # exponent of the fall along the arm
@@ -155,10 +158,13 @@ MONO_CHANCE = 0.15  # grey pictures among the colour pairs
 # Exposure and stretch.
 SCREEN_CHANCE = 0.25  # stretched stars screen-blended, the original way; else linear light is added
 MIDTONES = Range(0.003, 0.25, True)  # of the midtones transfer function: 0.003 deep stretch, 0.25 gentle
-STRETCH_SHARES = {"mtf": 0.60, "asinh": 0.25, "log": 0.15}
-NOISE = Range(0.0006, 0.03, True)  # standard deviation in display units at the sky's level
+UNLINKED_CHANCE, UNLINKED = 0.15, Range(0.5, 2.0, True)  # midtones of each channel over their common value
+STRETCH_SHARES = {"mtf": 0.55, "asinh": 0.22, "hyperbolic": 0.23}
+LOCAL_INTENSITY = Range(0.6, 5.0, True)  # |b| of the generalised hyperbolic stretch, of either sign
+SYMMETRY_POINT, HIGHLIGHTS = Range(0.0, 1.0), Range(0.3, 1.0)  # SP over 1 / D; HP, above which it is a line
+NOISE = Range(0.0006, 0.025, True)  # standard deviation in display units at the sky's level
 PHOTON_SHARE = Range(0.0, 1.0)  # part of the variance at the sky's level that grows with the light
-CORRELATION_CHANCE, CORRELATION = 0.75, Range(0.4, 1.0)  # debayering and resampling: blur of the noise, pixels
+CORRELATION_CHANCE, CORRELATION = 0.65, Range(0.4, 1.0)  # debayering and resampling: blur of the noise, pixels
 CHROMA = Range(0.0, 1.0)  # 0: the same noise in all channels, 1: independent
 BANDING_CHANCE, BANDING = 0.08, Range(0.05, 0.4)  # row or column noise over pixel noise
 HOT_PIXEL_CHANCE, HOT_PIXELS = 0.06, Range(3, 60, True)  # left in both pictures, per megapixel
@@ -166,14 +172,15 @@ GLOW_CHANCE = 0.85  # share of pictures whose stars raise their own photon noise
 
 # Processing applied to both pictures alike.
 RESIZE_CHANCE, RESIZE = 0.25, Range(0.6, 1.0)  # rendered larger, then reduced by this factor
-SHARPEN_CHANCE, SHARPEN_AMOUNT, SHARPEN_RADIUS = 0.30, Range(0.3, 2.0), Range(0.8, 2.5)  # leaves dark rings
+SHARPEN_CHANCE, SHARPEN_AMOUNT, SHARPEN_RADIUS = 0.30, Range(0.3, 1.6), Range(0.8, 2.5)  # leaves dark rings
 DENOISE_CHANCE, DENOISE = 0.20, Range(0.5, 1.0)  # share of the smoothed picture
+LEVELS_CHANCE, BLACK_POINT, WHITE_POINT = 0.12, Range(0.0, 0.06), Range(0.7, 1.0)  # what lies beyond is clipped
 CONTRAST_CHANCE, CONTRAST = 0.10, Range(0.1, 0.4)
 VIBRANCE_CHANCE, VIBRANCE = 0.30, Range(0.6, 1.8)
 JPEG_CHANCE, JPEG_QUALITY = 0.35, Range(72, 98)
 
 # Backgrounds.
-SKY_LEVEL = Range(0.02, 0.40, True)  # display level of the darkest sky
+SKY_LEVEL = Range(0.015, 0.35, True)  # display level of the darkest sky
 NEBULA_PEAK = Range(0.08, 2.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
 EMPTY_SKY_CHANCE = 0.2  # no nebula at all: a gradient and noise
 GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.18, 0.22, 0.12
@@ -182,7 +189,7 @@ KNOTS = Range(3, 80, True)  # a picture that has any
 GALAXY_LIGHT = Range(0.3, 3.0, True)  # middle of a large galaxy before the shoulder
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
-PHOTO_DARKEN = Range(0.25, 1.0)
+PHOTO_DARKEN = Range(0.15, 0.8)
 PALETTE = {  # red, green, blue of an emission or a reflection, display colours
     "hydrogen": (1.00, 0.22, 0.25),
     "oxygen": (0.15, 0.85, 0.80),
@@ -531,13 +538,14 @@ class Optics:
     coma: float  # comet tail at the corner
     field_stretch: float  # radial elongation at the corner
     field_blur: float  # growth of the FWHM to the corner
+    seeing: np.ndarray  # (2,) growth of the FWHM from the middle to the right and the lower edge
     spikes: dict | None
     halo: dict | None
     reflection: dict | None
 
     @property
     def varies(self):
-        return self.coma > 0
+        return self.coma > 0 or self.seeing.any()
 
     @property
     def gray(self):
@@ -549,10 +557,12 @@ def draw_spikes(rng, color):
     axes = pick(rng, SPIKE_AXES)
     start = rng.choice([0.0, np.pi / 4, rng.uniform(0, np.pi)])
     angles = start + np.arange(axes) * np.pi / axes
+    weights = SPIKE_UNEVEN(rng, axes) if chance(rng, SPIKE_UNEVEN_CHANCE) else np.ones(axes)
     if chance(rng, SPIKE_SPLIT_CHANCE):  # vanes that are not parallel split each spike in two
-        angles = np.concatenate([angles - 0.012, angles + 0.012])
+        angles, weights = np.concatenate([angles - 0.012, angles + 0.012]), np.tile(weights, 2)
     return {
         "angles": angles,
+        "weights": weights / weights.sum(),
         "light": SPIKE_LIGHT(rng),
         "width": SPIKE_WIDTH(rng),
         "decay": SPIKE_DECAY(rng),
@@ -592,6 +602,7 @@ def draw_optics(rng, color):
         coma=COMA(rng) * fwhm if chance(rng, COMA_CHANCE) else 0.0,
         field_stretch=FIELD_STRETCH(rng),
         field_blur=FIELD_BLUR(rng),
+        seeing=SEEING(rng, 2) * chance(rng, SEEING_CHANCE),
         spikes=draw_spikes(rng, color) if chance(rng, SPIKE_CHANCE) else None,
         halo=draw_halo(rng, fwhm, color) if chance(rng, HALO_CHANCE) else None,
         reflection={"light": REFLECTION_LIGHT(rng), "radius": REFLECTION_RADIUS(rng), "offset": rng.normal(0, 8, 2)} if chance(rng, REFLECTION_CHANCE) else None,
@@ -643,7 +654,8 @@ def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
     total = sum(w for *_, w in paths)
     angle, q = optics.angle, np.sqrt(optics.axis_ratio)
     fwhm = optics.fwhm * optics.chromatic[channel]
-    if optics.varies and radius > 0:  # in the corners stars point to the centre
+    fwhm = fwhm * (1 + optics.seeing @ field)
+    if optics.coma and radius > 0:  # in the corners stars point to the centre
         angle, q = azimuth, np.sqrt(1 - optics.field_stretch * radius**2)
         fwhm = fwhm * (1 + optics.field_blur * radius**2)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -709,7 +721,8 @@ def draw_population(rng, name, share, shape, optics, visible_flux):
     else:
         flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
     temperature = population.temperature(rng, count)
-    columns = {"x": x, "y": y, "flux": flux, "fwhm": np.full(count, optics.fwhm), "temperature": temperature}
+    fwhm = optics.fwhm * (1 + optics.seeing @ [2 * x / width - 1, 2 * y / height - 1])
+    columns = {"x": x, "y": y, "flux": flux, "fwhm": fwhm, "temperature": temperature}
     return Table({**columns, "population": np.full(count, name)})[near]
 
 
@@ -806,10 +819,13 @@ def spike_light(optics, dx, dy, radius):
     """Diffraction spikes of a star of flux 1, shape (h, w, 3 or 1): a power law along each arm, narrow across."""
     spikes = optics.spikes
     width = max(0.5, spikes["width"] * optics.fwhm / 2)
-    arms = sum(np.exp(-0.5 * ((dx * np.sin(a) - dy * np.cos(a)) / width) ** 2) for a in spikes["angles"])
+    arms = sum(
+        weight * np.exp(-0.5 * ((dx * np.sin(angle) - dy * np.cos(angle)) / width) ** 2)
+        for angle, weight in zip(spikes["angles"], spikes["weights"])
+    )
     along = (1 + radius / (2 * optics.fwhm)) ** -spikes["decay"] * np.exp(-radius / (spikes["length"] * optics.fwhm))
     length = 4 * optics.fwhm / max(spikes["decay"] - 1, 0.2)  # about the integral along one axis
-    light = (spikes["light"] / len(spikes["angles"]) * arms * along / (length * width * 2.5))[..., None]
+    light = (spikes["light"] * arms * along / (length * width * 2.5))[..., None]
     if spikes["rainbow"]:  # diffraction orders lie further out in red light
         period = spikes["period"] * COLOR_BANDS / COLOR_BANDS[1]
         light = light * (1 + spikes["rainbow"] * np.cos(2 * np.pi * radius[..., None] / period))
@@ -892,17 +908,47 @@ def midtones_transfer(x, m):
     return (m - 1) * x / ((2 * m - 1) * x - m)
 
 
-def draw_stretch(rng):
-    """(forward, inverse) between linear and display values, 0..1 both; each has about the slope of the MTF at black."""
+def hyperbolic_stretch(amount, intensity, symmetry, highlights):
+    """(forward, inverse) of the generalised hyperbolic stretch, 0..1 to 0..1; arguments D, b != 0, SP and HP (LP is 0).
+
+    Steepest at SP with slope D, a straight line from HP to 1. Formulas: D. Payne and M. Cranfield, ghsastro.co.uk;
+    its members for b > 0 (hyperbolic), b < 0 (integral) and b = -1 (logarithmic) are all Box-Cox transforms.
+    """
+    k = abs(intensity)
+    power = -1 / intensity if intensity > 0 else 1 + 1 / intensity
+    curve = lambda x: np.sign(x - symmetry) * boxcox1p(k * amount * np.abs(x - symmetry), power) / k  # noqa: E731
+    uncurve = lambda y: symmetry + np.sign(y) * inv_boxcox1p(k * np.abs(y), power) / (k * amount)  # noqa: E731
+    slope = amount * (1 + k * amount * (highlights - symmetry)) ** (power - 1)
+    low, knee = curve(0), curve(highlights)
+    scale = knee + slope * (1 - highlights) - low
+
+    def forward(x):
+        return (curve(np.minimum(x, highlights)) + slope * (x - highlights).clip(0) - low) / scale
+
+    def inverse(y):
+        y = low + scale * y
+        return uncurve(np.minimum(y, knee)) + (y - knee).clip(0) / slope
+
+    return forward, inverse
+
+
+def draw_stretch(rng, color):
+    """(forward, inverse) between linear and display values, 0..1 both; each has about the slope of the MTF at black.
+
+    Unlinked ones (of color pictures) work on (..., 3), each channel with its own midtones.
+    """
     m = np.float32(MIDTONES(rng))
+    if color and chance(rng, UNLINKED_CHANCE):
+        m = (m * UNLINKED(rng, 3)).astype(np.float32)
     kind = pick(rng, STRETCH_SHARES)
     if kind == "mtf":
         return (lambda x: midtones_transfer(x, m)), (lambda y: midtones_transfer(y, 1 - m))
     if kind == "asinh":  # Lupton et al. 2004
         scale = np.arcsinh(1 / m)
         return (lambda x: np.arcsinh(x / m) / scale), (lambda y: m * np.sinh(y * scale))
-    scale = np.log1p(1 / m)  # the logarithmic member of the generalised hyperbolic stretches
-    return (lambda x: np.log1p(x / m) / scale), (lambda y: m * np.expm1(y * scale))
+    sign, intensity = rng.choice([-1, 1]), LOCAL_INTENSITY(rng)
+    symmetry = np.minimum(m * np.float32(SYMMETRY_POINT(rng)), 0.1)
+    return hyperbolic_stretch(1 / m, np.float32(sign * intensity), symmetry, np.float32(HIGHLIGHTS(rng)))
 
 
 def noise_layer(rng, linear, sigma, photon, color):
@@ -952,23 +998,24 @@ def bleed(rng, light, stars, peak):
 def expose(rng, sky, optics, color):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table."""
     shape = sky.shape[:2]
-    forward, inverse = draw_stretch(rng)
+    forward, inverse = draw_stretch(rng, color)
     linear = inverse(sky.clip(0.002, 0.999)).astype(np.float32)
-    median = float(np.median(linear))
-    level = float(forward(np.float32(median)))
-    gain = float((forward(np.float32(median * 1.01 + 1e-6)) - level) / (median * 0.01 + 1e-6))  # slope at the sky
+    median = np.median(linear)
+    gain = np.mean(forward(median * 1.01) - forward(median)) / (median * 0.01)  # slope at the sky
     screen = chance(rng, SCREEN_CHANCE)
     peak = Sprites(optics, (0.0, 0.0)).peak
 
+    def light_over(base, height):
+        """Linear light of what stands so high over a linear base once stretched, per channel of an unlinked stretch."""
+        return inverse(np.minimum(forward(np.float32(base)) + np.float32(height), np.float32(0.98))) - base
+
     def visible_flux(height):
-        base = 0.0 if screen else median
-        return max(float(inverse(np.float32(min(forward(np.float32(base)) + height, 0.98)))) - base, 1e-6) / peak
+        return max(float(np.mean(light_over(0.0 if screen else median, height))), 1e-6) / peak
 
     stars = draw_stars(rng, shape, optics, visible_flux)
     colors = star_colors(rng, stars["temperature"].data, color)
-    darkest = float(inverse(np.float32(np.percentile(sky[::4, ::4], 2)).clip(0.002)))
-    base = 0.0 if screen else darkest
-    threshold = 0.5 * float(inverse(forward(np.float32(base)) + np.float32(HALF_LEVEL)) - base)
+    darkest = 0.0 if screen else np.percentile(linear[::4, ::4], 2)
+    threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
     light = render(stars, colors, optics, shape, threshold)
 
     sigma, photon = NOISE(rng) / gain, PHOTON_SHARE(rng)
@@ -1001,6 +1048,9 @@ def draw_processing(rng, size, color):
     if chance(rng, CONTRAST_CHANCE):
         strength, wide = np.float32(CONTRAST(rng)), rng.uniform(8, 20)
         steps.append(lambda im: im + strength * (im - cv2.GaussianBlur(im, (0, 0), wide)))
+    if chance(rng, LEVELS_CHANCE):
+        black, white = np.float32(BLACK_POINT(rng)), np.float32(WHITE_POINT(rng))
+        steps.append(lambda im: (im - black) / (white - black))
     if color and chance(rng, VIBRANCE_CHANCE):
         vibrance = np.float32(VIBRANCE(rng))
         steps.append(lambda im: im.mean(-1, keepdims=True) * (1 - vibrance) + vibrance * im)
