@@ -33,6 +33,7 @@ from astropy.modeling.models import BlackBody, Sersic2D
 from astropy.table import Table, vstack
 from photutils.datasets import apply_poisson_noise
 from photutils.psf import AiryDiskPSF, GaussianPSF, MoffatPSF
+from scipy.special import boxcox1p, inv_boxcox1p
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -87,7 +88,8 @@ class Range:
 
 # Stars. A population is drawn with its chance; "faintest" is how far its faintest star stands over the sky once
 # stretched (0.01 drowns in noise, 0.1 is plain); "span" is magnitudes from faintest to brightest; "slope" is s of
-# N(>F) ~ F^-s (1.5 is a uniform space, real fields lie below); "spread" is the radius of its clumps over the frame.
+# N(>F) ~ F^-s (1.5 is a uniform space, real fields lie below); "spread" is the radius of its clumps over the frame;
+# "disc" is the radius in pixels to which the stars are saturated, drawn in place of a magnitude.
 @dataclasses.dataclass(frozen=True)
 class Population:
     chance: float
@@ -97,58 +99,72 @@ class Population:
     slope: Range
     temperature: Range
     spread: Range | None = None
+    disc: Range | None = None
 
 
 POPULATIONS = {
-    "field": Population(0.90, Range(100, 6000, True), Range(0.015, 0.15, True), Range(5, 9), Range(0.5, 1.2), Range(3000, 12000, True)),
-    "crowd": Population(0.35, Range(5000, 30000, True), Range(0.01, 0.06, True), Range(2, 6), Range(0.9, 1.6), Range(2800, 7000, True)),
-    "cluster": Population(0.20, Range(200, 4000, True), Range(0.02, 0.2, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), Range(0.03, 0.25, True)),
-    "giants": Population(0.75, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
+    "field": Population(0.90, Range(100, 8000, True), Range(0.015, 0.40, True), Range(4, 9), Range(0.4, 1.2), Range(3000, 12000, True)),
+    "crowd": Population(0.35, Range(5000, 60000, True), Range(0.01, 0.25, True), Range(2, 6), Range(0.7, 1.6), Range(2400, 7000, True)),
+    "dwarfs": Population(0.30, Range(200, 8000, True), Range(0.012, 0.06, True), Range(1, 3), Range(0.8, 1.4), Range(1800, 3600, True)),
+    "cluster": Population(0.20, Range(200, 6000, True), Range(0.02, 0.4, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), spread=Range(0.03, 0.25, True)),
+    "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
+    "beacons": Population(0.28, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(4, 30, True)),
 }  # fmt: skip
+STARLESS_CHANCE = 0.04  # no star at all: nothing may be taken
+SPARSE_CHANCE, SPARSE = 0.20, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
+EXCESS = 3e5  # most light of a beacon over a just saturated star's: 14 magnitudes
 
 # Optics.
-FWHM = Range(1.2, 6.5, True)  # pixels; most pictures are sampled at 2 to 4 pixels
-FWHM_LARGE = Range(6.5, 15, True)  # long focal lengths and poor seeing
-FWHM_LARGE_CHANCE = 0.12
+FWHM = Range(1.2, 5.0, True)  # pixels; most pictures are sampled at 2 to 4 pixels
+FWHM_LARGE = Range(5.0, 15, True)  # long focal lengths and poor seeing
+FWHM_LARGE_CHANCE = 0.10
 BETA = Range(2.0, 6.0, True)  # Moffat's exponent: 2.5 measured seeing, 4.765 Kolmogorov, more: short wings
-CORE_SHARES = {"moffat": 0.72, "gaussian": 0.12, "airy": 0.10, "defocus": 0.06}
+CORE_SHARES = {"moffat": 0.68, "gaussian": 0.10, "airy": 0.17, "defocus": 0.05}
+AIRY_BAND = Range(0.01, 0.15, True)  # half width of the filter over its middle: a wide one smears the outer rings
 OBSTRUCTION = Range(0.2, 0.5)  # secondary mirror over aperture, of defocused stars
 AXIS_RATIO = Range(0.75, 1.0)  # minor over major axis: tilt, guiding
 TRAIL_CHANCE, TRAIL = 0.12, Range(0.5, 2.0)  # guiding trail in FWHM
 COMA_CHANCE, COMA = 0.20, Range(0.3, 1.5)  # comet tail at the frame's corner in FWHM
 FIELD_STRETCH = Range(0.0, 0.35)  # radial elongation at the corner
 FIELD_BLUR = Range(0.0, 0.3)  # FWHM at the corner over that in the middle, less 1: field curvature
-ZONES = 3  # a picture with coma is divided into ZONES x ZONES, each with its own PSF
+SEEING_CHANCE, SEEING = 0.2, Range(-0.1, 0.1)  # FWHM at an edge over the middle, less 1: tilt, drifting air
+ZONES = 3  # a picture with coma or changing seeing is divided into ZONES x ZONES, each with its own PSF
 CHROMATIC_CHANCE = 0.25
 CHROMATIC_FWHM = Range(0.9, 1.25)  # red and blue FWHM over green
 CHROMATIC_SHIFT = Range(-0.6, 0.6)  # lateral colour, pixels
-SPIKE_CHANCE = 0.5
+SPIKE_CHANCE = 0.6
 SPIKE_AXES = {2: 0.70, 3: 0.20, 4: 0.10}  # two arms an axis: 4 (reflector, Hubble), 6 (JWST), 8
-SPIKE_LIGHT = Range(0.004, 0.12, True)  # share of the star's light in all its spikes
+SPIKE_UNEVEN_CHANCE, SPIKE_UNEVEN = 0.3, Range(0.2, 1.0, True)  # light of the axes over each other
+SPIKE_LIGHT = Range(0.01, 0.15, True)  # share of the star's light in all its spikes
 SPIKE_WIDTH = Range(0.35, 0.8)  # in FWHM
 SPIKE_DECAY = Range(1.2, 2.2)  # exponent of the fall along the arm
+SPIKE_LENGTH = Range(8, 60, True)  # in FWHM, on which the arm ends exponentially
 SPIKE_RAINBOW_CHANCE, SPIKE_SPLIT_CHANCE = 0.4, 0.2
 SPIKE_PERIOD = Range(8, 40, True)  # pixels between the colour fringes of a spike
 HALO_CHANCE = 0.5
 HALO_LIGHT = Range(0.01, 0.25, True)  # share of the star's light
 HALO_SCALE = Range(4, 30, True)  # exponential scale in FWHM
+RAYS_CHANCE, RAYS, RAY_COUNT = 0.4, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
 REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.08, Range(0.003, 0.03, True), Range(10, 60, True)
 
 BLEED_CHANCE, BLEED = 0.04, Range(2, 10)  # charge of saturated stars along the CCD's columns, FWHM a decade of excess
 
 # Colour of the stars.
-SATURATION = Range(0.0, 2.2)  # exponent on a star's blackbody colour: 0 grey, 1 true, 2 pushed
+SATURATION = Range(0.0, 2.6)  # exponent on a star's blackbody colour: 0 grey, 1 true, 2 pushed
 TINT_CHANCE, TINT = 0.25, Range(0.5, 1.5)  # narrow-band palettes, poor white balance, unlinked stretch
 MONO_CHANCE = 0.15  # grey pictures among the colour pairs
 
 # Exposure and stretch.
 SCREEN_CHANCE = 0.25  # stretched stars screen-blended, the original way; else linear light is added
 MIDTONES = Range(0.003, 0.25, True)  # of the midtones transfer function: 0.003 deep stretch, 0.25 gentle
-STRETCH_SHARES = {"mtf": 0.60, "asinh": 0.25, "log": 0.15}
-NOISE = Range(0.0008, 0.05, True)  # standard deviation in display units at the sky's level
+UNLINKED_CHANCE, UNLINKED = 0.15, Range(0.5, 2.0, True)  # midtones of each channel over their common value
+STRETCH_SHARES = {"mtf": 0.55, "asinh": 0.22, "hyperbolic": 0.23}
+LOCAL_INTENSITY = Range(0.6, 5.0, True)  # |b| of the generalised hyperbolic stretch, of either sign
+SYMMETRY_POINT, HIGHLIGHTS = Range(0.0, 1.0), Range(0.3, 1.0)  # SP over 1 / D; HP, above which it is a line
+NOISE = Range(0.0006, 0.025, True)  # standard deviation in display units at the sky's level
 PHOTON_SHARE = Range(0.0, 1.0)  # part of the variance at the sky's level that grows with the light
-CORRELATION_CHANCE, CORRELATION = 0.5, Range(0.4, 1.3)  # debayering and resampling: blur of the noise, pixels
+CORRELATION_CHANCE, CORRELATION = 0.65, Range(0.4, 1.0)  # debayering and resampling: blur of the noise, pixels
 CHROMA = Range(0.0, 1.0)  # 0: the same noise in all channels, 1: independent
 BANDING_CHANCE, BANDING = 0.08, Range(0.05, 0.4)  # row or column noise over pixel noise
 HOT_PIXEL_CHANCE, HOT_PIXELS = 0.06, Range(3, 60, True)  # left in both pictures, per megapixel
@@ -156,21 +172,24 @@ GLOW_CHANCE = 0.85  # share of pictures whose stars raise their own photon noise
 
 # Processing applied to both pictures alike.
 RESIZE_CHANCE, RESIZE = 0.25, Range(0.6, 1.0)  # rendered larger, then reduced by this factor
-SHARPEN_CHANCE, SHARPEN_AMOUNT, SHARPEN_RADIUS = 0.30, Range(0.3, 2.0), Range(0.8, 2.5)  # leaves dark rings
+SHARPEN_CHANCE, SHARPEN_AMOUNT, SHARPEN_RADIUS = 0.30, Range(0.3, 1.6), Range(0.8, 2.5)  # leaves dark rings
 DENOISE_CHANCE, DENOISE = 0.20, Range(0.5, 1.0)  # share of the smoothed picture
+LEVELS_CHANCE, BLACK_POINT, WHITE_POINT = 0.12, Range(0.0, 0.06), Range(0.7, 1.0)  # what lies beyond is clipped
 CONTRAST_CHANCE, CONTRAST = 0.10, Range(0.1, 0.4)
 VIBRANCE_CHANCE, VIBRANCE = 0.30, Range(0.6, 1.8)
-JPEG_CHANCE, JPEG_QUALITY = 0.20, Range(82, 98)
+JPEG_CHANCE, JPEG_QUALITY = 0.35, Range(72, 98)
 
 # Backgrounds.
-SKY_LEVEL = Range(0.012, 0.35, True)  # display level of the darkest sky
+SKY_LEVEL = Range(0.015, 0.35, True)  # display level of the darkest sky
 NEBULA_PEAK = Range(0.08, 2.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
 EMPTY_SKY_CHANCE = 0.2  # no nebula at all: a gradient and noise
-GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.12, 0.15, 0.06
-KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.20, 0.04, 0.05
+GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.18, 0.22, 0.12
+KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
+KNOTS = Range(3, 80, True)  # a picture that has any
+GALAXY_LIGHT = Range(0.2, 1.5, True)  # middle of a large galaxy before the shoulder
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
-PHOTO_DARKEN = Range(0.25, 1.0)
+PHOTO_DARKEN = Range(0.15, 0.8)
 PALETTE = {  # red, green, blue of an emission or a reflection, display colours
     "hydrogen": (1.00, 0.22, 0.25),
     "oxygen": (0.15, 0.85, 0.80),
@@ -301,7 +320,7 @@ def smoothstep(field, low, high):
 
 def gas(rng, size):
     """Density of turbulent gas, log-normal as in the interstellar medium, its 99th percentile 1."""
-    field = warp(rng, turbulence(rng, size, rng.uniform(1.8, 3.0)), size * rng.uniform(0.03, 0.2))
+    field = warp(rng, turbulence(rng, size, rng.uniform(1.6, 3.0)), size * rng.uniform(0.03, 0.2))
     return np.exp(np.float32(rng.uniform(1.5, 5)) * (field - 1))
 
 
@@ -372,7 +391,7 @@ def sky_gradient(rng, size):
 
 def spiral_galaxy(rng, size, fwhm):
     """A large galaxy with bulge, disk, spiral arms, dust and HII knots, added light of shape (size, size, 3)."""
-    scale, q, angle = size * rng.uniform(0.06, 0.25), rng.uniform(0.2, 1.0), rng.uniform(0, np.pi)
+    scale, q, angle = size * Range(0.06, 0.5, True)(rng), rng.uniform(0.2, 1.0), rng.uniform(0, np.pi)
     y, x = np.indices((size, size), dtype=np.float32)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
@@ -382,14 +401,15 @@ def spiral_galaxy(rng, size, fwhm):
     arms = (0.5 + 0.5 * np.cos(winding + 5 * grain)) ** rng.uniform(0.7, 2.5) * (0.3 + grain.clip(0))
     arms = 0.3 + (arms - 0.3) * smoothstep(radius, 0.2 * scale, 1.2 * scale)  # not into the bulge
     disk = np.exp(-radius / scale)
-    knots = np.where((grain > 0.8) & (arms > 0.5), 1, 0).astype(np.float32)
+    knots = np.where((turbulence(rng, size, 1.0) > 0.95) & (arms > 0.4), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
     bulge = np.exp(-radius / (0.15 * scale))
     old, young = np.array([1.0, 0.85, 0.65]), np.array([0.6, 0.75, 1.0])
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
     light = (bulge + 0.5 * disk)[..., None] * old + (disk * (0.2 + arms) * dust)[..., None] * young
-    light = light + rng.uniform(0, 1) * knots[..., None] * np.array(PALETTE["magenta"])
-    return rng.uniform(0.2, 0.8) * light.astype(np.float32)
+    light = light + rng.uniform(0, 3) * knots[..., None] * np.array(PALETTE["magenta"])
+    light = light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm)
+    return np.float32(GALAXY_LIGHT(rng)) * light.astype(np.float32)
 
 
 def galaxy_field(rng, size, fwhm):
@@ -421,11 +441,11 @@ def galaxy_field(rng, size, fwhm):
 SERSIC = Sersic2D()  # evaluate() with numbers, as for the PSFs
 
 
-def knots(rng, size, fwhm):
+def blobs(rng, size, fwhm):
     """Small bright blobs wider than a star, irregular, that must stay: HII regions and globules' rims."""
     light = np.zeros((size, size, 3), np.float32)
     hue = np.array(PALETTE[rng.choice(list(PALETTE))], np.float32)
-    for _ in range(rng.integers(3, 25)):
+    for _ in range(int(KNOTS(rng))):
         sigma = fwhm * rng.uniform(0.9, 3.0) + 1
         half = int(6 * sigma)
         blob = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
@@ -478,7 +498,7 @@ def painted_sky(rng, size, fwhm):
     if chance(rng, GALAXY_FIELD_CHANCE + GALAXY_CLUSTER_CHANCE):
         image = image + galaxy_field(rng, size, fwhm)
     if chance(rng, KNOT_CHANCE):
-        image = image + knots(rng, size, fwhm)
+        image = image + blobs(rng, size, fwhm)
     if chance(rng, GLOBULAR_CHANCE):
         image = image + globular(rng, size)
     if chance(rng, COMET_CHANCE):
@@ -511,19 +531,21 @@ class Optics:
     axis_ratio: float
     angle: float
     obstruction: float
+    band: float  # half width of the filter over its wavelength
     chromatic: np.ndarray  # FWHM of R, G, B over that of green
     shift: np.ndarray  # (3, 2) lateral colour x, y
     trail: np.ndarray  # (2,) guiding trail x, y
     coma: float  # comet tail at the corner
     field_stretch: float  # radial elongation at the corner
     field_blur: float  # growth of the FWHM to the corner
+    seeing: np.ndarray  # (2,) growth of the FWHM from the middle to the right and the lower edge
     spikes: dict | None
     halo: dict | None
     reflection: dict | None
 
     @property
     def varies(self):
-        return self.coma > 0
+        return self.coma > 0 or self.seeing.any()
 
     @property
     def gray(self):
@@ -535,15 +557,28 @@ def draw_spikes(rng, color):
     axes = pick(rng, SPIKE_AXES)
     start = rng.choice([0.0, np.pi / 4, rng.uniform(0, np.pi)])
     angles = start + np.arange(axes) * np.pi / axes
+    weights = SPIKE_UNEVEN(rng, axes) if chance(rng, SPIKE_UNEVEN_CHANCE) else np.ones(axes)
     if chance(rng, SPIKE_SPLIT_CHANCE):  # vanes that are not parallel split each spike in two
-        angles = np.concatenate([angles - 0.012, angles + 0.012])
+        angles, weights = np.concatenate([angles - 0.012, angles + 0.012]), np.tile(weights, 2)
     return {
         "angles": angles,
+        "weights": weights / weights.sum(),
         "light": SPIKE_LIGHT(rng),
         "width": SPIKE_WIDTH(rng),
         "decay": SPIKE_DECAY(rng),
-        "rainbow": chance(rng, SPIKE_RAINBOW_CHANCE) * rng.uniform(0.2, 0.8) * color,
+        "length": SPIKE_LENGTH(rng),
+        "rainbow": chance(rng, SPIKE_RAINBOW_CHANCE) * rng.uniform(0.2, 0.95) * color,
         "period": SPIKE_PERIOD(rng),
+    }
+
+
+def draw_halo(rng, fwhm, color):
+    rays = RAYS(rng) * chance(rng, RAYS_CHANCE) * rng.standard_normal(int(RAY_COUNT(rng)))
+    return {
+        "light": HALO_LIGHT(rng),
+        "scale": HALO_SCALE(rng) * fwhm,
+        "blue": HALO_BLUE(rng) ** color,
+        "rays": np.exp(rays - rays.var() / 2),  # brightness by direction
     }
 
 
@@ -560,38 +595,48 @@ def draw_optics(rng, color):
         axis_ratio=AXIS_RATIO(rng),
         angle=rng.uniform(0, np.pi),
         obstruction=OBSTRUCTION(rng),
+        band=AIRY_BAND(rng),
         chromatic=np.array([CHROMATIC_FWHM(rng), 1, CHROMATIC_FWHM(rng)]) if chromatic else np.ones(3),
         shift=np.stack([CHROMATIC_SHIFT(rng, 2), (0, 0), CHROMATIC_SHIFT(rng, 2)]) if chromatic else np.zeros((3, 2)),
         trail=trail * np.array([np.cos(direction), np.sin(direction)]),
         coma=COMA(rng) * fwhm if chance(rng, COMA_CHANCE) else 0.0,
         field_stretch=FIELD_STRETCH(rng),
         field_blur=FIELD_BLUR(rng),
+        seeing=SEEING(rng, 2) * chance(rng, SEEING_CHANCE),
         spikes=draw_spikes(rng, color) if chance(rng, SPIKE_CHANCE) else None,
-        halo={"light": HALO_LIGHT(rng), "scale": HALO_SCALE(rng) * fwhm, "blue": HALO_BLUE(rng) ** color} if chance(rng, HALO_CHANCE) else None,
+        halo=draw_halo(rng, fwhm, color) if chance(rng, HALO_CHANCE) else None,
         reflection={"light": REFLECTION_LIGHT(rng), "radius": REFLECTION_RADIUS(rng), "offset": rng.normal(0, 8, 2)} if chance(rng, REFLECTION_CHANCE) else None,
     )  # fmt: skip
 
 
-def core_profile(optics, u, v, fwhm):
-    """Light per square pixel of a star of flux 1 at (u, v) from its centre, circular, total 1."""
+def core_light(optics, radius, fwhm):
+    """core_profile looked up in a table: some 1e-4 off, and many times faster over a whole frame."""
+    step = fwhm / 60
+    table = core_profile(optics, np.arange(0, radius.max(initial=0) + 2 * step, step), fwhm)
+    return np.interp(radius, step * np.arange(len(table)), table)
+
+
+def core_profile(optics, r, fwhm):
+    """Light per square pixel of a star of flux 1 at r from its centre, circular, total 1."""
     if optics.core == "gaussian":
-        return GAUSSIAN.evaluate(u, v, 1, 0, 0, fwhm, fwhm, 0)
-    if optics.core == "airy":  # FWHM = 0.8436 x the radius of the first dark ring
-        return 0.8 * AIRY.evaluate(u, v, 1, 0, 0, fwhm / 0.8436) + 0.2 * moffat(u, v, fwhm, 3.0)
+        return GAUSSIAN.evaluate(r, 0, 1, 0, 0, fwhm, fwhm, 0)
+    if optics.core == "airy":  # FWHM = 0.8436 x the radius of the first dark ring; a filter's band smears outer rings
+        scales = fwhm / 0.8436 * (1 + optics.band * np.linspace(-1, 1, 5))
+        return 0.16 * sum(AIRY.evaluate(r, 0, 1, 0, 0, scale) for scale in scales) + 0.2 * moffat(r, fwhm, 3.0)
     if optics.core == "defocus":  # out of focus: the image of the pupil, with the shadow of the secondary mirror
-        r, outer, soft = np.hypot(u, v), fwhm / 2, 0.08 * fwhm + 0.3
+        outer, soft = fwhm / 2, 0.08 * fwhm + 0.3
         inner = optics.obstruction * outer
         ring = 0.25 * (1 + np.tanh((outer - r) / soft)) * (1 + np.tanh((r - inner) / soft))
-        return 0.85 * ring / (np.pi * (outer**2 - inner**2)) + 0.15 * moffat(u, v, fwhm, optics.beta)
-    return moffat(u, v, fwhm, optics.beta)
+        return 0.85 * ring / (np.pi * (outer**2 - inner**2)) + 0.15 * moffat(r, fwhm, optics.beta)
+    return moffat(r, fwhm, optics.beta)
 
 
 # photutils' profiles; evaluate() with numbers, since building a model costs more than evaluating it
 MOFFAT, GAUSSIAN, AIRY = MoffatPSF(), GaussianPSF(), AiryDiskPSF()
 
 
-def moffat(u, v, fwhm, beta):
-    return MOFFAT.evaluate(u, v, 1, 0, 0, fwhm / (2 * np.sqrt(2 ** (1 / beta) - 1)), beta)
+def moffat(r, fwhm, beta):
+    return MOFFAT.evaluate(r, 0, 1, 0, 0, fwhm / (2 * np.sqrt(2 ** (1 / beta) - 1)), beta)
 
 
 def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
@@ -609,14 +654,15 @@ def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
     total = sum(w for *_, w in paths)
     angle, q = optics.angle, np.sqrt(optics.axis_ratio)
     fwhm = optics.fwhm * optics.chromatic[channel]
-    if optics.varies and radius > 0:  # in the corners stars point to the centre
+    fwhm = fwhm * (1 + optics.seeing @ field)
+    if optics.coma and radius > 0:  # in the corners stars point to the centre
         angle, q = azimuth, np.sqrt(1 - optics.field_stretch * radius**2)
         fwhm = fwhm * (1 + optics.field_blur * radius**2)
     cos, sin = np.cos(angle), np.sin(angle)
     light = 0
     for x, y, weight in paths:
         u, v = (dx - x) * cos + (dy - y) * sin, (dy - y) * cos - (dx - x) * sin
-        light = light + weight / total * core_profile(optics, u * q, v / q, fwhm)
+        light = light + weight / total * core_light(optics, np.hypot(u * q, v / q), fwhm)
     return light
 
 
@@ -645,30 +691,39 @@ def draw_stars(rng, shape, optics, visible_flux):
     visible_flux(d) is the flux of a star that stands d over the sky once stretched. Stars up to a margin outside the
     frame are drawn too: their halos reach in.
     """
+    any_stars, left = not chance(rng, STARLESS_CHANCE), SPARSE(rng) if chance(rng, SPARSE_CHANCE) else 1.0
+    tables = []
+    for name, population in POPULATIONS.items():
+        share = any_stars * chance(rng, population.chance) * (1.0 if name in ("giants", "beacons") else left)
+        tables.append(draw_population(rng, name, share, shape, optics, visible_flux))
+    return vstack(tables)
+
+
+def draw_population(rng, name, share, shape, optics, visible_flux):
+    """draw_stars' table for one population, of which a share is left."""
+    population = POPULATIONS[name]
     height, width = shape
     margin = 0.06 * max(shape)
-    tables = []
-    while not tables:
-        for name, population in POPULATIONS.items():
-            if not chance(rng, population.chance):
-                continue
-            area = (height + 2 * margin) * (width + 2 * margin) / 1e6
-            density = population.density(rng) / max(1, optics.fwhm / 3) ** 2  # wide stars fill the frame sooner
-            count = max(1, rng.poisson(density * area))
-            x, y = rng.uniform(-margin, width + margin, count), rng.uniform(-margin, height + margin, count)
-            if population.spread:  # a cluster: Gaussian clump round a random centre
-                radius = population.spread(rng) * max(shape)
-                x, y = (
-                    rng.normal(rng.uniform(0, width), radius, count),
-                    rng.normal(rng.uniform(0, height), radius, count),
-                )
-            near = (np.abs(x - width / 2) < width / 2 + margin) & (np.abs(y - height / 2) < height / 2 + margin)
-            flux = visible_flux(population.faintest(rng))
-            flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
-            temperature = population.temperature(rng, count)
-            columns = {"x": x, "y": y, "flux": flux, "fwhm": np.full(count, optics.fwhm), "temperature": temperature}
-            tables.append(Table({**columns, "population": np.full(count, name)})[near])
-    return vstack(tables)
+    area = (height + 2 * margin) * (width + 2 * margin) / 1e6
+    density = population.density(rng) / max(1, optics.fwhm / 3) ** 2  # wide stars fill the frame sooner
+    count = rng.poisson(share * density * area)
+    x, y = rng.uniform(-margin, width + margin, count), rng.uniform(-margin, height + margin, count)
+    if population.spread:  # a cluster: Gaussian clump round a random centre
+        radius = population.spread(rng) * max(shape)
+        x, y = rng.normal(rng.uniform(0, width), radius, count), rng.normal(rng.uniform(0, height), radius, count)
+    near = (np.abs(x - width / 2) < width / 2 + margin) & (np.abs(y - height / 2) < height / 2 + margin)
+    flux = visible_flux(population.faintest(rng))
+    if population.disc:
+        edge = population.disc(rng, count)
+        center = point_spread(optics, 0.0, 0.0, 1)
+        round_light = far_light(dataclasses.replace(optics, spikes=None), edge, 0 * edge)[:, 1]
+        flux = flux * center / np.maximum(point_spread(optics, edge, 0.0, 1) + round_light, center / EXCESS)
+    else:
+        flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
+    temperature = population.temperature(rng, count)
+    fwhm = optics.fwhm * (1 + optics.seeing @ [2 * x / width - 1, 2 * y / height - 1])
+    columns = {"x": x, "y": y, "flux": flux, "fwhm": fwhm, "temperature": temperature}
+    return Table({**columns, "population": np.full(count, name)})[near]
 
 
 def star_colors(rng, temperature, color):
@@ -749,7 +804,8 @@ def far_light(optics, dx, dy):
     if optics.halo:
         scale, blue = optics.halo["scale"], optics.halo["blue"]
         tint = np.array([1, (1 + blue) / 2, blue]) / ((1 + blue) / 2)
-        light += (optics.halo["light"] * np.exp(-radius / scale) / (2 * np.pi * scale**2))[..., None] * tint
+        rays = np.interp(np.arctan2(dy, dx), np.linspace(-np.pi, np.pi, len(optics.halo["rays"])), optics.halo["rays"])
+        light += (optics.halo["light"] * rays * np.exp(-radius / scale) / (2 * np.pi * scale**2))[..., None] * tint
     if optics.reflection:
         offset, size = optics.reflection["offset"], optics.reflection["radius"]
         disc = 0.5 * (1 - np.tanh((np.hypot(dx - offset[0], dy - offset[1]) - size) / 1.5)) / (np.pi * size**2)
@@ -763,10 +819,13 @@ def spike_light(optics, dx, dy, radius):
     """Diffraction spikes of a star of flux 1, shape (h, w, 3 or 1): a power law along each arm, narrow across."""
     spikes = optics.spikes
     width = max(0.5, spikes["width"] * optics.fwhm / 2)
-    arms = sum(np.exp(-0.5 * ((dx * np.sin(a) - dy * np.cos(a)) / width) ** 2) for a in spikes["angles"])
-    along = (1 + radius / (2 * optics.fwhm)) ** -spikes["decay"] * np.exp(-radius / (60 * optics.fwhm))
+    arms = sum(
+        weight * np.exp(-0.5 * ((dx * np.sin(angle) - dy * np.cos(angle)) / width) ** 2)
+        for angle, weight in zip(spikes["angles"], spikes["weights"])
+    )
+    along = (1 + radius / (2 * optics.fwhm)) ** -spikes["decay"] * np.exp(-radius / (spikes["length"] * optics.fwhm))
     length = 4 * optics.fwhm / max(spikes["decay"] - 1, 0.2)  # about the integral along one axis
-    light = (spikes["light"] / len(spikes["angles"]) * arms * along / (length * width * 2.5))[..., None]
+    light = (spikes["light"] * arms * along / (length * width * 2.5))[..., None]
     if spikes["rainbow"]:  # diffraction orders lie further out in red light
         period = spikes["period"] * COLOR_BANDS / COLOR_BANDS[1]
         light = light * (1 + spikes["rainbow"] * np.cos(2 * np.pi * radius[..., None] / period))
@@ -822,8 +881,8 @@ def draw_wings(x, y, fluxes, optics, sprite_radius, shape, threshold):
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
     outside = 1 - blend_to_wings(np.hypot(dx, dy), sprite_radius)
     kernels = far_light(optics, dx, dy)
-    for channel in range(3):
-        kernels[..., channel] += outside * point_spread(optics, dx, dy, 1 if optics.gray else channel)
+    cores = [point_spread(optics, dx, dy, channel) for channel in ([1] if optics.gray else range(3))]
+    kernels += (outside * cores).transpose(1, 2, 0)
     light = [cv2.filter2D(points[..., c], -1, cv2.flip(kernels[..., c], -1), borderType=cv2.BORDER_CONSTANT) for c in range(3)]  # fmt: skip
     return np.stack(light, axis=-1)[margin:-margin, margin:-margin].clip(0)
 
@@ -849,17 +908,47 @@ def midtones_transfer(x, m):
     return (m - 1) * x / ((2 * m - 1) * x - m)
 
 
-def draw_stretch(rng):
-    """(forward, inverse) between linear and display values, 0..1 both; each has about the slope of the MTF at black."""
+def hyperbolic_stretch(amount, intensity, symmetry, highlights):
+    """(forward, inverse) of the generalised hyperbolic stretch, 0..1 to 0..1; arguments D, b != 0, SP and HP (LP is 0).
+
+    Steepest at SP with slope D, a straight line from HP to 1. Formulas: D. Payne and M. Cranfield, ghsastro.co.uk;
+    its members for b > 0 (hyperbolic), b < 0 (integral) and b = -1 (logarithmic) are all Box-Cox transforms.
+    """
+    k = abs(intensity)
+    power = -1 / intensity if intensity > 0 else 1 + 1 / intensity
+    curve = lambda x: np.sign(x - symmetry) * boxcox1p(k * amount * np.abs(x - symmetry), power) / k  # noqa: E731
+    uncurve = lambda y: symmetry + np.sign(y) * inv_boxcox1p(k * np.abs(y), power) / (k * amount)  # noqa: E731
+    slope = amount * (1 + k * amount * (highlights - symmetry)) ** (power - 1)
+    low, knee = curve(0), curve(highlights)
+    scale = knee + slope * (1 - highlights) - low
+
+    def forward(x):
+        return (curve(np.minimum(x, highlights)) + slope * (x - highlights).clip(0) - low) / scale
+
+    def inverse(y):
+        y = low + scale * y
+        return uncurve(np.minimum(y, knee)) + (y - knee).clip(0) / slope
+
+    return forward, inverse
+
+
+def draw_stretch(rng, color):
+    """(forward, inverse) between linear and display values, 0..1 both; each has about the slope of the MTF at black.
+
+    Unlinked ones (of color pictures) work on (..., 3), each channel with its own midtones.
+    """
     m = np.float32(MIDTONES(rng))
+    if color and chance(rng, UNLINKED_CHANCE):
+        m = (m * UNLINKED(rng, 3)).astype(np.float32)
     kind = pick(rng, STRETCH_SHARES)
     if kind == "mtf":
         return (lambda x: midtones_transfer(x, m)), (lambda y: midtones_transfer(y, 1 - m))
     if kind == "asinh":  # Lupton et al. 2004
         scale = np.arcsinh(1 / m)
         return (lambda x: np.arcsinh(x / m) / scale), (lambda y: m * np.sinh(y * scale))
-    scale = np.log1p(1 / m)  # the logarithmic member of the generalised hyperbolic stretches
-    return (lambda x: np.log1p(x / m) / scale), (lambda y: m * np.expm1(y * scale))
+    sign, intensity = rng.choice([-1, 1]), LOCAL_INTENSITY(rng)
+    symmetry = np.minimum(m * np.float32(SYMMETRY_POINT(rng)), 0.1)
+    return hyperbolic_stretch(1 / m, np.float32(sign * intensity), symmetry, np.float32(HIGHLIGHTS(rng)))
 
 
 def noise_layer(rng, linear, sigma, photon, color):
@@ -909,23 +998,24 @@ def bleed(rng, light, stars, peak):
 def expose(rng, sky, optics, color):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table."""
     shape = sky.shape[:2]
-    forward, inverse = draw_stretch(rng)
+    forward, inverse = draw_stretch(rng, color)
     linear = inverse(sky.clip(0.002, 0.999)).astype(np.float32)
-    median = float(np.median(linear))
-    level = float(forward(np.float32(median)))
-    gain = float((forward(np.float32(median * 1.01 + 1e-6)) - level) / (median * 0.01 + 1e-6))  # slope at the sky
+    median = np.median(linear)
+    gain = np.mean(forward(median * 1.01) - forward(median)) / (median * 0.01)  # slope at the sky
     screen = chance(rng, SCREEN_CHANCE)
     peak = Sprites(optics, (0.0, 0.0)).peak
 
+    def light_over(base, height):
+        """Linear light of what stands so high over a linear base once stretched, per channel of an unlinked stretch."""
+        return inverse(np.minimum(forward(np.float32(base)) + np.float32(height), np.float32(0.98))) - base
+
     def visible_flux(height):
-        base = 0.0 if screen else median
-        return max(float(inverse(np.float32(min(forward(np.float32(base)) + height, 0.98)))) - base, 1e-6) / peak
+        return max(float(np.mean(light_over(0.0 if screen else median, height))), 1e-6) / peak
 
     stars = draw_stars(rng, shape, optics, visible_flux)
     colors = star_colors(rng, stars["temperature"].data, color)
-    darkest = float(inverse(np.float32(np.percentile(sky[::4, ::4], 2)).clip(0.002)))
-    base = 0.0 if screen else darkest
-    threshold = 0.5 * float(inverse(forward(np.float32(base)) + np.float32(HALF_LEVEL)) - base)
+    darkest = 0.0 if screen else np.percentile(linear[::4, ::4], 2)
+    threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
     light = render(stars, colors, optics, shape, threshold)
 
     sigma, photon = NOISE(rng) / gain, PHOTON_SHARE(rng)
@@ -958,6 +1048,9 @@ def draw_processing(rng, size, color):
     if chance(rng, CONTRAST_CHANCE):
         strength, wide = np.float32(CONTRAST(rng)), rng.uniform(8, 20)
         steps.append(lambda im: im + strength * (im - cv2.GaussianBlur(im, (0, 0), wide)))
+    if chance(rng, LEVELS_CHANCE):
+        black, white = np.float32(BLACK_POINT(rng)), np.float32(WHITE_POINT(rng))
+        steps.append(lambda im: (im - black) / (white - black))
     if color and chance(rng, VIBRANCE_CHANCE):
         vibrance = np.float32(VIBRANCE(rng))
         steps.append(lambda im: im.mean(-1, keepdims=True) * (1 - vibrance) + vibrance * im)

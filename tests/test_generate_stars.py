@@ -14,6 +14,7 @@ from astropy.table import Table
 from photutils.detection import DAOStarFinder
 from photutils.psf import CircularGaussianPRF, PSFPhotometry, fit_fwhm
 from scipy import stats as statistics
+from scipy.integrate import cumulative_trapezoid
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,8 +42,8 @@ def names(folder):
 def plain_optics(**changes):
     """Round Moffat stars without spikes, halo, coma or colour."""
     values = dict(
-        core="moffat", fwhm=4.0, beta=3.0, axis_ratio=1.0, angle=0.0, obstruction=0.3, chromatic=np.ones(3),
-        shift=np.zeros((3, 2)), trail=np.zeros(2), coma=0.0, field_stretch=0.0, field_blur=0.0, spikes=None, halo=None,
+        core="moffat", fwhm=4.0, beta=3.0, axis_ratio=1.0, angle=0.0, obstruction=0.3, band=0.05, chromatic=np.ones(3),
+        shift=np.zeros((3, 2)), trail=np.zeros(2), coma=0.0, field_stretch=0.0, field_blur=0.0, seeing=np.zeros(2), spikes=None, halo=None,
         reflection=None,
     )  # fmt: skip
     return gs.Optics(**{**values, **changes})
@@ -144,9 +145,25 @@ def test_ellipse_has_the_asked_axis_ratio_and_angle():
     assert np.arctan2(vectors[1, 1], vectors[0, 1]) % np.pi == pytest.approx(0.5, abs=0.03)
 
 
+def test_seeing_widens_the_stars_towards_one_side():
+    image = draw([(30, 150, 1.0), (270, 150, 1.0)], plain_optics(core="gaussian", seeing=np.array([0.15, 0.0])), 300)
+    left, right = (fit_fwhm(image, xypos=(x, 150), fit_shape=15)[0] for x in (30, 270))
+    assert left == pytest.approx(4 * 0.9, rel=0.03)  # the middle of the left third of the frame lies at -2/3
+    assert right == pytest.approx(4 * 1.1, rel=0.03)
+
+
 @pytest.mark.parametrize("angles", [[0.3, 0.3 + np.pi / 2], [0.1, 0.1 + np.pi / 3, 0.1 + 2 * np.pi / 3]])
 def test_spikes_point_where_asked(angles):
-    spikes = dict(angles=np.array(angles), light=0.05, width=0.5, decay=1.5, rainbow=0.0, period=20.0)
+    spikes = dict(
+        angles=np.array(angles),
+        weights=np.ones(len(angles)) / len(angles),
+        light=0.05,
+        width=0.5,
+        decay=1.5,
+        length=60.0,
+        rainbow=0.0,
+        period=20.0,
+    )
     image = draw([(150, 150, 1000.0)], plain_optics(fwhm=3.0, spikes=spikes), 301)
     polar = cv2.warpPolar(image.astype(np.float32), (150, 720), (150, 150), 150, cv2.INTER_LINEAR)
     profile = polar[:, 40:120].mean(axis=1)  # by angle, half a degree a row
@@ -156,7 +173,7 @@ def test_spikes_point_where_asked(angles):
 
 
 def test_star_beyond_the_edge_sends_its_halo_in():
-    halo = {"light": 0.2, "scale": 10.0, "blue": 1.0}
+    halo = {"light": 0.2, "scale": 10.0, "blue": 1.0, "rays": np.ones(2)}
     image = draw([(-3.0, 40.0, 1000.0)], plain_optics(halo=halo), 81, 1e-4)
     r = 20 + 3
     expected = 1000 * (0.2 * np.exp(-r / 10) / (2 * np.pi * 100))
@@ -263,14 +280,30 @@ def test_midtones_transfer_maps_m_to_a_half(m):
     assert gs.midtones_transfer(1.0, m) == pytest.approx(1)
 
 
-def test_stretches_are_undone_by_their_inverse(monkeypatch):
-    y = np.linspace(0, 1, 101)
-    for kind in gs.STRETCH_SHARES:
-        monkeypatch.setattr(gs, "STRETCH_SHARES", {kind: 1.0})
-        for seed in range(5):
-            forward, inverse = gs.draw_stretch(np.random.default_rng(seed))
-            np.testing.assert_allclose(forward(inverse(y)), y, atol=1e-5)
-            assert (np.diff(forward(y)) > 0).all()
+@pytest.mark.parametrize("kind", gs.STRETCH_SHARES)
+@pytest.mark.parametrize("unlinked", [0, 1])
+def test_stretches_are_undone_by_their_inverse(kind, unlinked, monkeypatch):
+    y = np.repeat(np.linspace(0, 1, 101)[:, None], 3, axis=1)
+    monkeypatch.setattr(gs, "STRETCH_SHARES", {kind: 1.0})
+    monkeypatch.setattr(gs, "UNLINKED_CHANCE", unlinked)
+    for seed in range(8):
+        forward, inverse = gs.draw_stretch(np.random.default_rng(seed), True)
+        x = inverse(y)
+        np.testing.assert_allclose(forward(x), y, atol=1e-5)
+        assert (np.diff(forward(y), axis=0) > 0).all()
+        assert (np.ptp(x, axis=1)[1:-1] > 0).all() == unlinked
+
+
+@pytest.mark.parametrize("b", [-2.5, -1.0, 0.8, 4.0])
+def test_hyperbolic_stretch_is_the_integral_of_its_published_slope(b):
+    """Its slope is D (1 + b D d)^(-(1 + b) / b) for b > 0 and D (1 - b D d)^(1 / b) for b < 0, d away from SP."""
+    amount, symmetry, highlights = 40.0, 0.02, 0.6
+    x = np.linspace(0, 1, 200001)
+    away = np.abs(np.minimum(x, highlights) - symmetry)
+    slope = (1 + b * amount * away) ** (-(1 + b) / b) if b > 0 else (1 - b * amount * away) ** (1 / b)
+    integral = cumulative_trapezoid(slope, x, initial=0)
+    forward, _ = gs.hyperbolic_stretch(amount, b, symmetry, highlights)
+    np.testing.assert_allclose(forward(x), integral / integral[-1], atol=1e-5)
 
 
 def test_turbulence_has_the_power_law_it_says():
@@ -307,7 +340,7 @@ def test_far_from_every_star_nothing_is_changed(monkeypatch):
     lone = gs.Population(1.0, gs.Range(100, 101), gs.Range(0.2, 0.3), gs.Range(1, 2), gs.Range(1, 1.1), gs.Range(5000, 6000))  # fmt: skip
     monkeypatch.setattr(gs, "POPULATIONS", {"field": lone})
     monkeypatch.setattr(gs, "draw_optics", lambda rng, color: plain_optics(fwhm=2.5, beta=4.0))
-    for name in ("CONTRAST_CHANCE", "JPEG_CHANCE"):  # which reach far by design
+    for name in ("CONTRAST_CHANCE", "JPEG_CHANCE", "STARLESS_CHANCE", "SPARSE_CHANCE"):  # the first two reach far
         monkeypatch.setattr(gs, name, 0)
     for index in range(4):
         starry, starless, stars = make(index, size=256)
@@ -327,6 +360,25 @@ def test_images_are_finite_and_within_0_and_1():
             assert image.shape == (96, 96, 3)
             assert image.dtype == np.float32
             assert image.min() >= 0 and image.max() <= 1
+
+
+def test_picture_without_stars_is_its_own_starless_picture(monkeypatch):
+    monkeypatch.setattr(gs, "STARLESS_CHANCE", 1)
+    for index in range(3):
+        starry, starless, stars = make(index)
+        assert len(stars) == 0
+        np.testing.assert_array_equal(starry, starless)
+
+
+def test_beacons_are_saturated_to_the_asked_radius(monkeypatch):
+    wide = gs.Population(1.0, gs.Range(100, 101), gs.Range(0.94, 0.95), gs.Range(0, 1), gs.Range(1, 2), gs.Range(6000, 7000), disc=gs.Range(12, 12.1))  # fmt: skip
+    monkeypatch.setattr(gs, "POPULATIONS", {"beacons": wide})
+    rng = np.random.default_rng(0)
+    optics = plain_optics(fwhm=4.0)
+    level = 1.0 / gs.Sprites(optics, (0, 0)).peak  # flux of a star that just reaches light 1
+    stars = gs.draw_stars(rng, (300, 300), optics, lambda height: level)
+    image = draw([(100, 100, stars["flux"][0])], optics, 201)
+    assert 2 * np.sqrt((image >= 1).sum() / np.pi) == pytest.approx(24, rel=0.05)
 
 
 def test_stars_brighten_the_picture():
@@ -452,14 +504,16 @@ def test_preview_shows_starry_above_starless(pairs):
 
 
 def test_catalogue_lists_the_stars_inside_the_frame(pairs):
+    counts = []
     for i in range(4):
         stars = Table.read(pairs[0] / f"stars{i}.ecsv")
         assert stars.colnames == ["x", "y", "flux", "fwhm", "temperature", "population"]
         assert stars.meta["background"] == "painted"
-        assert len(stars) > 0
+        counts.append(len(stars))
         for axis in ("x", "y"):
-            assert stars[axis].min() > -0.5 and stars[axis].max() < 95.5
+            assert ((stars[axis] > -0.5) & (stars[axis] < 95.5)).all()
         assert set(stars["population"]) <= set(gs.POPULATIONS)
+    assert max(counts) > 0
 
 
 def test_pair_depends_on_seed_and_number_alone(pairs, tmp_path):

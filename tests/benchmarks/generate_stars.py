@@ -2,6 +2,7 @@
 
 python tests/benchmarks/generate_stars.py
 python tests/benchmarks/generate_stars.py --size 256 --stars 1000 --pairs 4    quicker, rougher
+python tests/benchmarks/generate_stars.py --memory 10 100 600                  memory of a process after so many pairs
 """
 
 import argparse
@@ -66,13 +67,31 @@ def pairs_a_second(cpus, size, pairs):
     return pairs / (times[1] - times[0])
 
 
+def peak_memory(counts):
+    """Yield (pairs, MiB): the most memory this process has held by then, making 64x64 pairs."""
+    import resource  # not on Windows
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss: bytes there, KiB elsewhere
+    with tempfile.TemporaryDirectory() as folder:
+        settings = gs.Settings(size=64, save_dir=folder, seed=1)
+        for first, last in zip([0, *counts], counts):
+            for index in range(first, last):
+                gs.save_pair((index, settings, []))
+            yield last, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--stars", type=int, default=3000)
     parser.add_argument("--pairs", type=int, default=12, help="pairs measured")
+    parser.add_argument("--memory", type=int, nargs="+", metavar="N", help="only the peak memory after N pairs")
     options = parser.parse_args()
     cv2.setNumThreads(1)
+    if options.memory:
+        for count, mebibytes in peak_memory(sorted(options.memory)):
+            print(f"{count} pairs: at most {mebibytes:.0f} MiB")
+        return
 
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else os.cpu_count())
     one, two = (pairs_a_second(cpus, options.size, options.pairs) for cpus in (1, 2))
