@@ -584,7 +584,7 @@ def write_jpeg(picture, path):
 # -- TIFF
 
 TIFF_XMP, TIFF_ICC = 700, 34675
-EXTRA_SAMPLES = 338
+NEUTRAL = {338: 0, 274: 1}  # what is alpha, orientation: OpenCV would multiply by the one and turn by the other
 EXIF_FOLDERS = 34665, 34853  # EXIF and GPS: tags whose value is a list of tags
 EXIF_TAGS = 271, 272, 274, 305, 306, 315, 33432  # maker, model, orientation, software, date, artist, copyright
 # what says how the pixels lie in the file, which the writer decides, and what is kept under another name
@@ -603,7 +603,22 @@ TIFF_STRUCTURE = {
     320,
     *range(322, 326),
 }
-TIFF_STRUCTURE |= {330, 338, 339, 340, 341, 347, *range(512, 522), *range(529, 533), TIFF_XMP, TIFF_ICC, *EXIF_FOLDERS}
+TIFF_STRUCTURE |= {
+    282,
+    283,
+    296,
+    330,
+    338,
+    339,
+    340,
+    341,
+    347,
+    *range(512, 522),
+    *range(529, 533),
+    TIFF_XMP,
+    TIFF_ICC,
+    *EXIF_FOLDERS,
+}
 
 
 def read_tiff(path, _):
@@ -620,15 +635,19 @@ def read_tiff(path, _):
             pixels = None  # LZW and the like: a package of 20 MB, while OpenCV is here
         if pixels is None:
             data = np.fromfile(path, np.uint8)
-            if alpha := page.tags.get(EXTRA_SAMPLES):  # OpenCV would multiply colour by what is said to be opacity
-                data[alpha.valueoffset : alpha.valueoffset + 2] = 0
+            for code, neutral in NEUTRAL.items():
+                if tag := page.tags.get(code):
+                    data[tag.valueoffset : tag.valueoffset + 2] = list(struct.pack(tif.byteorder + "H", neutral))
             pixels = decode(data)
         elif page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, -1)
         tags = [(t.code, int(t.dtype), t.count, t.value, True) for t in page.tags if t.code not in TIFF_STRUCTURE]
         native = {"tags": tags, "byteorder": tif.byteorder, "bigtiff": tif.is_bigtiff, "alpha": page.extrasamples}
+        if 282 in page.tags and 283 in page.tags:
+            native["resolution"] = (page.tags[282].value, page.tags[283].value)
+            native["unit"] = int(page.tags[296].value) if 296 in page.tags else 2
         native |= {"planarconfig": int(page.planarconfig), "deflate": int(page.compression) != 1}
-        metadata = {"tiff": native, "exif": exif_of_tiff(path)}
+        metadata = {"tiff": native, "exif": exif_of_tiff(tif)}
         metadata |= {
             k: bytes(page.tags[code].value) for k, code in (("icc", TIFF_ICC), ("xmp", TIFF_XMP)) if code in page.tags
         }
@@ -638,17 +657,27 @@ def read_tiff(path, _):
         return picture
 
 
-def exif_of_tiff(path):
+def exif_of_tiff(tif):
     """The EXIF and GPS tags of a TIFF file, and those of its own that say the same, as other formats hold EXIF."""
-    from PIL import Image
+    from PIL import Image, TiffImagePlugin
 
-    exif, found = Image.Exif(), Image.Exif()
-    with open(path, "rb") as file:
-        found.load_from_fp(file)
-        for folder in EXIF_FOLDERS:
-            exif.get_ifd(folder).update(found.get_ifd(folder))
-    exif.update({tag: found[tag] for tag in EXIF_TAGS if tag in found})
-    return exif.tobytes().removeprefix(JPEG_EXIF)
+    tags, exif, file = tif.pages[0].tags, Image.Exif(), tif.filehandle
+    for code in (code for code in EXIF_FOLDERS if code in tags):
+        folder = TiffImagePlugin.ImageFileDirectory_v2(tiff_magic(tif), group=code)
+        file.seek(tags[code].offset + (12 if tif.is_bigtiff else 8))
+        file.seek(struct.unpack(tif.byteorder + "L", file.read(4))[0])  # tifffile has the folder's tags, but no types
+        folder.load(file)
+        exif.get_ifd(code).update(folder)
+    exif.update({code: tags[code].value for code in EXIF_TAGS if code in tags})
+    return exif.tobytes().removeprefix(JPEG_EXIF) if exif or exif._ifds else b""
+
+
+def tiff_magic(tif):
+    """What a TIFF file of this kind begins with; Pillow tells the kind by it."""
+    order = {"<": b"II", ">": b"MM"}[tif.byteorder]
+    return order + (
+        struct.pack(tif.byteorder + "HLQ", 43, 0, 0) if tif.is_bigtiff else struct.pack(tif.byteorder + "HL", 42, 0)
+    )
 
 
 def write_tiff(picture, path):
@@ -672,6 +701,8 @@ def write_tiff(picture, path):
         extrasamples=None if picture.alpha is None else native.get("alpha", ["unassalpha"]) or ["unspecified"],
         byteorder=native.get("byteorder"),
         bigtiff=native.get("bigtiff") or None,
+        resolution=native.get("resolution"),
+        resolutionunit=native.get("unit"),
         iccprofile=profile(picture) or None,
         metadata=None,
         software=False,
@@ -700,18 +731,18 @@ def add_exif_folders(path, folders):
     from PIL import TiffImagePlugin
 
     with tifffile.TiffFile(path, mode="r+b") as tif:
-        order = tif.byteorder
-        magic = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "H", 43 if tif.is_bigtiff else 42)
+        end, file = tif.filehandle.size, tif.filehandle
         for code, values in folders.items():
-            folder = TiffImagePlugin.ImageFileDirectory_v2(magic.ljust(16, b"\0"))
+            folder = TiffImagePlugin.ImageFileDirectory_v2(tiff_magic(tif), group=code)
             for tag, value in values.items():
                 folder[tag] = value
-            end = tif.filehandle.size + tif.filehandle.size % 2
-            placeholder = tif.pages[0].tags[code - 1]
-            placeholder.overwrite(end)
-            for position, data in (placeholder.offset, struct.pack(order + "H", code)), (end, folder.tobytes(end)):
-                tif.filehandle.seek(position)
-                tif.filehandle.write(data)
+            start = end + end % 2
+            placeholder, data = tif.pages[0].tags[code - 1], folder.tobytes(start)
+            placeholder.overwrite(start)
+            for position, content in (placeholder.offset, struct.pack(tif.byteorder + "H", code)), (start, data):
+                file.seek(position)
+                file.write(content)
+            end = start + len(data)
 
 
 # -- FITS: the first row is the lowest, unless ROWORDER says otherwise
@@ -783,7 +814,7 @@ def write_fits(picture, path, compress=False):
             ]
         else:
             kind = fits.ImageHDU if number else fits.PrimaryHDU
-            as_stored = native.get("type") == planes.dtype
+            as_stored = "scaling" in native and native["type"] == planes.dtype
             hdus[number] = kind(planes, header, do_not_scale_image_data=as_stored)
             if as_stored:
                 hdus[number].header.update(native["scaling"])
