@@ -261,8 +261,8 @@ class Picture:
     """A picture as its file holds it: pixels of shape (height, width, 1 or 3) in RGB and their alpha, or None.
 
     black, white: the pixels that stand for 0 and 1. Without a white it is an integer's largest; of float pixels 1, or
-    the brightest if above 1. blank: the integer of a missing pixel, if there is one. metadata: icc, exif and xmp (bytes, as every format has them), and under a format's name
-    what only that format can hold.
+    the brightest if above 1. blank: the integer of a missing pixel, if there is one. metadata: icc, exif and xmp
+    (bytes, as every format has them), and under a format's name what only that format can hold.
     """
 
     pixels: np.ndarray
@@ -439,27 +439,26 @@ def with_alpha(picture):
     return np.dstack(channels).squeeze(2) if picture.pixels.shape[2] == len(channels) == 1 else np.dstack(channels)
 
 
+def swapped(pixels):
+    """RGB with or without alpha for OpenCV's BGR, or the other way round; gray as it is."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    return np.ascontiguousarray(pixels[..., [2, 1, 0, 3][:channels]]) if channels > 2 else pixels
+
+
 def decode(data):
-    """Pixels of the bytes of a picture file as OpenCV has them, but colour in RGB."""
+    """Pixels of the bytes of a picture file, shape (height, width[, channels]), colour in RGB."""
     try:
         pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except cv2.error:
         pixels = None
     if pixels is None:
         raise BadInput("not a picture that can be read")
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(pixels.shape[2])
-    return pixels[..., order] if order else pixels
+    return swapped(pixels)
 
 
 def encode(pixels, extension, options=()):
-    """The bytes of a file of that extension that holds an array of shape (height, width[, channels]), colour in RGB."""
-    order = (
-        {2: slice(None), 3: np.s_[..., [2, 1, 0]]}
-        if pixels.ndim == 2 or pixels.shape[2] == 3
-        else {3: np.s_[..., [2, 1, 0, 3]]}
-    )
-    return cv2.imencode(extension, np.ascontiguousarray(pixels[order[pixels.ndim]]), options)[1].tobytes()
+    """The bytes of a file of that extension that holds such pixels."""
+    return cv2.imencode(extension, swapped(pixels), options)[1].tobytes()
 
 
 def profile(picture):
@@ -500,7 +499,7 @@ def read_png(path, _):
             metadata["xmp"] = zlib.decompress(text) if deflated else text
         elif name in PNG_KEPT:
             metadata["png"].append((name, content))
-    if data[25] == PNG_GRAY_ALPHA and pixels.shape[2] == 4:
+    if data[25] == PNG_GRAY_ALPHA and pixels.ndim == 3 and pixels.shape[2] == 4:
         pixels = pixels[..., 2:]  # OpenCV repeats gray to three channels
     return from_channels(pixels, metadata=metadata)
 
@@ -1864,10 +1863,11 @@ def expand(names):
 def destination(place, source, kind, many):
     """Where something made of a picture goes: into a folder, as <stem>_<kind>, or to the file that is named.
 
-    A name without an extension gets the picture's. The folder is made if need be.
+    A name without an extension gets the picture's, a preview .png. The folder is made if need be.
     """
     path = Path(place)
     stem, extension, _ = name_parts(source)
+    extension = ".png" if kind == "preview" else extension
     if many or path.is_dir() or place.endswith(("/", os.sep)):
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -1877,7 +1877,7 @@ def destination(place, source, kind, many):
     return path if path.suffix else path.with_name(path.name + (extension or ".png"))
 
 
-def check_target(target, source, picture, settings, replaceable):
+def check_target(target, source, replaceable):
     """Raises BadInput for a file that must not be or cannot be written: told before the long work, not after it."""
     if target.is_dir():
         raise BadInput(f"{target}: is a folder; name a file with -o")
@@ -1888,7 +1888,7 @@ def check_target(target, source, picture, settings, replaceable):
             raise BadInput(f"{target}: is the picture itself, which is never overwritten; name another file with -o")
         if not replaceable:
             raise BadInput(f"{target}: exists; --overwrite replaces it")
-    check_holds(picture, target, settings.depth)
+    format_of(target)
 
 
 def infer(values, settings):
@@ -1921,8 +1921,9 @@ def infer_one(source, values, settings, load, many, written):
     places = {"starless": named or "starless" + extension} | {kind: getattr(values, kind) for kind in OUTPUTS}
     targets = {kind: destination(place, source, kind, many) for kind, place in places.items() if place}
     for kind, target in targets.items():
-        layer = picture if kind in ("starless", "stars") else star_mask(picture, picture.pixels[:1, :1])
-        check_target(target, file, layer, settings, values.overwrite or (kind == "starless" and not named))
+        check_target(target, file, values.overwrite or (kind == "starless" and not named))
+        if kind in ("starless", "stars"):
+            check_holds(picture, target, settings.depth)
         if target.resolve() in written:
             raise BadInput(f"{target}: has just been written; name another file")
         written.add(target.resolve())
@@ -1932,28 +1933,37 @@ def infer_one(source, values, settings, load, many, written):
         light *= 1 - excluded
     if values.stars:
         np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
+    depth = format_of(targets["starless"]).depth_for(picture.pixels.dtype, settings.depth)
+    for kind, layer in layers_of(picture, light, stretch, targets, depth, settings.star_mode).items():
+        write_picture(
+            targets[kind], layer.noting(HISTORY[kind]), settings.depth if kind in ("starless", "stars") else "keep"
+        )
+    if not named:
+        write_copy(Path("starry" + extension), file, picture if picture is not original else None)
+
+
+def layers_of(picture, light, stretch, kinds, depth, star_mode):
+    """{kind: picture} of what is made of a picture and the light of its stars; starless and stars are of one depth."""
     starless = picture.without(light, stretch)
     layers = {"starless": starless}
-    if values.stars:
-        depth = format_of(targets["starless"]).depth_for(picture.pixels.dtype, settings.depth)
-        layers["starless"], layers["stars"] = star_layer(
-            picture.in_depth(depth), starless.in_depth(depth), settings.star_mode
-        )
-    if values.mask:
+    if "stars" in kinds:
+        pair = star_layer(picture.in_depth(depth), starless.in_depth(depth), star_mode)
+        layers = dict(zip(("starless", "stars"), pair))
+    if "mask" in kinds:
         layers["mask"] = star_mask(picture, light)
-    if values.preview:
+    if "preview" in kinds:
         layers["preview"] = preview(picture, starless, stretch)
-    for kind, target in targets.items():
-        write_picture(
-            target, layers[kind].noting(HISTORY[kind]), "keep" if kind in ("mask", "preview") else settings.depth
-        )
-    copy = Path("starry" + extension)
-    if not named and not (copy.exists() and copy.samefile(file)):
-        if picture is original:
-            with replacing(copy) as temporary:
-                shutil.copyfile(file, temporary)
-        else:
-            write_picture(copy, picture)
+    return layers
+
+
+def write_copy(target, file, changed):
+    """Write the starry picture: the file itself, or the picture that was made of it; never over the file."""
+    if target.exists() and target.samefile(file):
+        return
+    if changed:
+        return write_picture(target, changed)
+    with replacing(target) as temporary:
+        shutil.copyfile(file, temporary)
 
 
 def read_exclusion(path, picture):
