@@ -12,7 +12,7 @@ import pytest
 import tifffile
 from astropy.io import fits
 from PIL import Image, PngImagePlugin, TiffImagePlugin
-from test_nox import folder, infer, keras, mistake, names, noise, nox, read, run, weights, write  # noqa: F401
+from test_nox import folder, infer, keras, mistake, names, noise, nox, read, run, weights, write
 
 import GenerateStars
 
@@ -37,7 +37,7 @@ def subtracting(amount, channels=3):
 
 
 @pytest.fixture
-def subtract(folder, monkeypatch):  # noqa: F811
+def subtract(folder, monkeypatch):
     """subtract(amount, file, *flags): run infer with a network that takes so much light from every pixel."""
 
     def call(amount, *arguments):
@@ -91,7 +91,7 @@ CASES += [(dtype, "colour") for dtype in TYPES] + [("uint8", "colour and alpha")
 
 
 @pytest.mark.parametrize("dtype, layout", dict.fromkeys(CASES))
-def test_a_tiff_that_the_network_leaves_alone_comes_out_as_it_was(dtype, layout, infer):  # noqa: F811
+def test_a_tiff_that_the_network_leaves_alone_comes_out_as_it_was(dtype, layout, infer):
     shape, options = LAYOUTS[layout]
     tifffile.imwrite("in.tif", values_of(dtype, *shape), **options)
     infer("in.tif", kind="identity")
@@ -104,7 +104,7 @@ def test_a_tiff_that_the_network_leaves_alone_comes_out_as_it_was(dtype, layout,
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_an_lzw_tiff_is_read_without_further_packages(dtype, channels, infer):  # noqa: F811
+def test_an_lzw_tiff_is_read_without_further_packages(dtype, channels, infer):
     pixels = noise(21, 33, channels, dtype)
     if channels == 4:
         pixels[3:9, ..., 3] = 0  # transparent: colour must not be multiplied by it
@@ -172,7 +172,7 @@ def ramp(channels):
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".tif"])
 @pytest.mark.parametrize("target", [".png", ".jpg", ".tif"])
-def test_profile_exif_and_xmp_stay_also_in_another_format(extension, target, infer):  # noqa: F811
+def test_profile_exif_and_xmp_stay_also_in_another_format(extension, target, infer):
     source = save_with_metadata("in" + extension)
     infer(source, "-o", "out" + target)
     assert exif_in("out" + target) == exif_in(source)
@@ -185,7 +185,7 @@ def test_profile_exif_and_xmp_stay_also_in_another_format(extension, target, inf
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".tif"])
-def test_a_colour_profile_is_left_out_of_a_gray_picture(extension, infer):  # noqa: F811
+def test_a_colour_profile_is_left_out_of_a_gray_picture(extension, infer):
     source = save_with_metadata("in" + extension)
     infer(source, "--n-channels", 1)
     with Image.open("starless" + extension) as image:
@@ -196,7 +196,7 @@ def test_a_colour_profile_is_left_out_of_a_gray_picture(extension, infer):  # no
         assert image.info["icc_profile"] == icc(1)
 
 
-def test_tags_of_a_tiff_stay(infer):  # noqa: F811
+def test_tags_of_a_tiff_stay(infer):
     tags = [(315, 2, 0, "Jürgen".encode(), True), (65000, 12, 2, (1.5, 2.5), True), (33723, 7, 8, b"abcdefgh", True)]
     tags += [(270, 2, 0, "a line\nand another", True), (306, 2, 0, "2024:01:02 03:04:05", True), (274, 3, 1, 8, True)]
     tifffile.imwrite("in.tif", noise(20, 30, 3), photometric="rgb", metadata=None, extratags=tags,
@@ -210,7 +210,7 @@ def test_tags_of_a_tiff_stay(infer):  # noqa: F811
 
 @pytest.mark.parametrize("chunk", [(b"gAMA", struct.pack(">I", 45455)), (b"sRGB", b"\0"), (b"tEXt", b"Title\0M 42"),
                                    (b"zTXt", b"Comment\0\0" + zlib.compress(b"seen"))])  # fmt: skip
-def test_chunks_of_a_png_stay(chunk, infer):  # noqa: F811
+def test_chunks_of_a_png_stay(chunk, infer):
     data = write("in.png", noise(20, 30, 3)).read_bytes()
     whole = struct.pack(">I", len(chunk[1])) + b"".join(chunk)
     whole += struct.pack(">I", zlib.crc32(b"".join(chunk)))
@@ -220,7 +220,7 @@ def test_chunks_of_a_png_stay(chunk, infer):  # noqa: F811
     assert read("starless.png").shape == (20, 30, 3)
 
 
-def test_a_profile_longer_than_a_jpeg_segment_stays_whole(infer):  # noqa: F811
+def test_a_profile_longer_than_a_jpeg_segment_stays_whole(infer):
     Image.fromarray(noise(20, 30, 3)).save("in.jpg", icc_profile=icc(3, 200_000))
     infer("in.jpg")
     with Image.open("starless.jpg") as image:
@@ -228,7 +228,7 @@ def test_a_profile_longer_than_a_jpeg_segment_stays_whole(infer):  # noqa: F811
 
 
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".tif"])
-def test_pixels_stay_as_stored_whatever_the_orientation(extension, infer):  # noqa: F811
+def test_pixels_stay_as_stored_whatever_the_orientation(extension, infer):
     infer(save_with_metadata("in" + extension), "-o", "out.tif", kind="identity")
     difference = tifffile.imread("out.tif").astype(int) - ramp(3)
     assert np.abs(difference).max() <= (10 if extension == ".jpg" else 0)
@@ -251,14 +251,14 @@ def write_fits(path, data, hdu=fits.PrimaryHDU, **cards):
 @pytest.mark.parametrize("dtype", FITS_TYPES)
 @pytest.mark.parametrize("shape", [(21, 33), (3, 21, 33), (1, 21, 33)])
 @pytest.mark.parametrize("extension", [".fits", ".fits.fz"])
-def test_a_fits_picture_that_the_network_leaves_alone_comes_out_as_it_was(dtype, shape, extension, infer):  # noqa: F811
+def test_a_fits_picture_that_the_network_leaves_alone_comes_out_as_it_was(dtype, shape, extension, infer):
     data = values_of(dtype, *shape)
     write_fits("in" + extension, data, fits.PrimaryHDU if extension == ".fits" else fits.CompImageHDU)
     infer("in" + extension, kind="identity")
     assert same_bits(fits.getdata("starless" + extension), data)
 
 
-def test_the_header_stays_and_gains_one_line_of_history(infer):  # noqa: F811
+def test_the_header_stays_and_gains_one_line_of_history(infer):
     write_fits("in.fits", values_of("float32", 3, 21, 33), EXPTIME=300.0, HISTORY="stacked")
     infer("in.fits")
     old, new = fits.getheader("in.fits"), fits.getheader("starless.fits")
@@ -267,7 +267,7 @@ def test_the_header_stays_and_gains_one_line_of_history(infer):  # noqa: F811
 
 
 @pytest.mark.parametrize("order", ["TOP-DOWN", "BOTTOM-UP", None])
-def test_the_order_of_rows_stays_and_is_respected_in_other_formats(order, infer):  # noqa: F811
+def test_the_order_of_rows_stays_and_is_respected_in_other_formats(order, infer):
     data = values_of("uint16", 3, 21, 33)
     write_fits("in.fits", data, **({"ROWORDER": order} if order else {}))
     infer("in.fits", kind="identity")
@@ -287,7 +287,7 @@ def write_scaled(path, raw, **cards):
     hdu.writeto(path)
 
 
-def test_scaled_integers_keep_their_bits_and_their_scale(infer):  # noqa: F811
+def test_scaled_integers_keep_their_bits_and_their_scale(infer):
     raw = values_of("int16", 21, 33)
     write_scaled("in.fits", raw, BSCALE=0.5, BZERO=100.0, BLANK=-32768)
     infer("in.fits", kind="identity")
@@ -308,7 +308,7 @@ def test_light_is_taken_from_scaled_integers_in_their_physical_units(subtract):
     np.testing.assert_allclose(new.ravel()[1:], expected.ravel()[1:], atol=2)
 
 
-def test_of_a_fits_file_the_first_picture_is_taken_or_the_one_that_is_named(infer):  # noqa: F811
+def test_of_a_fits_file_the_first_picture_is_taken_or_the_one_that_is_named(infer):
     table = fits.BinTableHDU.from_columns([fits.Column("a", "E", array=np.arange(5))])
     pictures = [fits.ImageHDU(values_of("float32", 21, 33 + i), name=f"SCI{i}") for i in range(2)]
     fits.HDUList([fits.PrimaryHDU(header=fits.Header({"OBSERVER": "me"})), table, *pictures]).writeto("in.fits")
@@ -323,7 +323,7 @@ def test_of_a_fits_file_the_first_picture_is_taken_or_the_one_that_is_named(infe
     assert "HDU 9 is not a picture" in mistake("infer", "in.fits[9]")
 
 
-def test_a_cube_is_refused_with_the_number_of_its_planes(folder):  # noqa: F811
+def test_a_cube_is_refused_with_the_number_of_its_planes(folder):
     fits.writeto("cube.fits", np.zeros((5, 20, 30), "float32"))
     assert "cube.fits: HDU 0 holds 5 planes" in mistake("infer", "cube.fits")
 
@@ -331,7 +331,7 @@ def test_a_cube_is_refused_with_the_number_of_its_planes(folder):  # noqa: F811
 @pytest.mark.parametrize(
     "source, target", [("in.fits.fz", "out.fits"), ("in.fits", "out.fits.fz"), ("in.fit", "out.fz")]
 )
-def test_fits_is_packed_and_unpacked_by_the_name_of_the_output(source, target, infer):  # noqa: F811
+def test_fits_is_packed_and_unpacked_by_the_name_of_the_output(source, target, infer):
     data = values_of("float32", 3, 21, 33)
     write_fits(source, data, fits.CompImageHDU if source.endswith("fz") else fits.PrimaryHDU)
     infer(source, "-o", target, kind="identity")
@@ -343,7 +343,7 @@ def test_fits_is_packed_and_unpacked_by_the_name_of_the_output(source, target, i
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "float32", "float64"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_xisf_comes_out_as_it_was(dtype, channels, infer):  # noqa: F811
+def test_xisf_comes_out_as_it_was(dtype, channels, infer):
     XISF = pytest.importorskip("xisf").XISF
     pixels = values_of(dtype, 21, 33, channels)
     keywords = {"FITSKeywords": {"OBJECT": [{"value": "M 31", "comment": "what"}]}}
@@ -353,7 +353,7 @@ def test_xisf_comes_out_as_it_was(dtype, channels, infer):  # noqa: F811
     assert XISF("starless.xisf").get_images_metadata()[0]["FITSKeywords"] == keywords["FITSKeywords"]
 
 
-def test_xisf_without_the_package_says_so(folder, monkeypatch):  # noqa: F811
+def test_xisf_without_the_package_says_so(folder, monkeypatch):
     monkeypatch.setitem(nox.sys.modules, "xisf", None)
     Path("in.xisf").write_bytes(b"XISF0100" + bytes(20))
     assert "in.xisf: XISF files need a package: pip install xisf" in mistake("infer", "in.xisf")
@@ -415,7 +415,7 @@ def test_no_light_is_taken_where_a_picture_is_transparent(subtract):
 
 @pytest.mark.parametrize("depth, dtype", [("8", "uint8"), ("16", "uint16"), ("32f", "float32"), ("keep", None)])
 @pytest.mark.parametrize("given", ["uint8", "uint16", "uint32", "float64"])
-def test_depth_changes_what_is_written(given, depth, dtype, infer):  # noqa: F811
+def test_depth_changes_what_is_written(given, depth, dtype, infer):
     pixels = noise(20, 30, 3, given)
     tifffile.imwrite("in.tif", pixels, photometric="rgb")
     infer("in.tif", "--depth", depth, kind="identity")
@@ -430,7 +430,7 @@ def test_depth_changes_what_is_written(given, depth, dtype, infer):  # noqa: F81
 
 
 @pytest.mark.parametrize("target, dtype", [(".png", "uint16"), (".jpg", "uint8"), (".fits", "float64")])
-def test_a_format_that_cannot_hold_the_depth_takes_the_nearest(target, dtype, infer):  # noqa: F811
+def test_a_format_that_cannot_hold_the_depth_takes_the_nearest(target, dtype, infer):
     pixels = noise(20, 30, 3, "float64") * 1000
     tifffile.imwrite("in.tif", pixels, photometric="rgb")
     infer("in.tif", "-o", "out" + target, kind="identity")
@@ -526,7 +526,7 @@ def test_auto_takes_stretched_data_for_stretched():
 @pytest.mark.parametrize("mode", ["subtract", "unscreen"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("linear", ["no", "yes"])
-def test_stars_and_starless_make_the_picture_again(mode, dtype, linear, infer):  # noqa: F811
+def test_stars_and_starless_make_the_picture_again(mode, dtype, linear, infer):
     sky = starry_sky()
     pixels = sky.astype(dtype) if dtype == "float32" else np.rint(sky * np.iinfo(dtype).max).astype(dtype)
     tifffile.imwrite("in.tif", pixels, photometric="rgb")
@@ -545,7 +545,7 @@ def test_stars_and_starless_make_the_picture_again(mode, dtype, linear, infer): 
         assert same_bits(np.rint(again).astype(dtype), pixels)
 
 
-def test_stars_and_starless_of_another_depth_make_the_picture_of_that_depth_again(infer):  # noqa: F811
+def test_stars_and_starless_of_another_depth_make_the_picture_of_that_depth_again(infer):
     tifffile.imwrite("in.tif", starry_sky().astype("float32"), photometric="rgb")
     infer("in.tif", "-o", "out.png", "--stars", "stars.png", "--depth", 16)
     again = read("out.png") + read("stars.png")
@@ -597,7 +597,7 @@ def test_the_preview_has_before_on_the_left_and_after_on_the_right(subtract):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_several_pictures_go_into_a_folder_and_the_weights_load_once(infer, folder, monkeypatch):  # noqa: F811
+def test_several_pictures_go_into_a_folder_and_the_weights_load_once(infer, folder, monkeypatch):
     (folder / "Bilder ä").mkdir()
     for name in "a b.png", "星.tif", "c.jpg":
         write(folder / "Bilder ä" / name, noise(20, 30, 3))
@@ -613,7 +613,7 @@ def test_several_pictures_go_into_a_folder_and_the_weights_load_once(infer, fold
 load_once = functools.cache(nox.load_generator)
 
 
-def test_a_folder_taken_again_leaves_out_what_was_made_of_it(infer, folder):  # noqa: F811
+def test_a_folder_taken_again_leaves_out_what_was_made_of_it(infer, folder):
     (folder / "in").mkdir()
     write(folder / "in" / "a.png", noise(20, 30, 3))
     for _ in range(2):
@@ -621,7 +621,7 @@ def test_a_folder_taken_again_leaves_out_what_was_made_of_it(infer, folder):  # 
         assert names("in") == ["a.png", "a_starless.png", "a_stars.png"]
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(infer, folder, capsys):  # noqa: F811
+def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(infer, folder, capsys):
     write("a.png", noise(20, 30, 3))
     Path("b.png").write_text("no picture")
     write("c.png", noise(20, 30, 3))
@@ -631,7 +631,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(infer, fo
     assert re.search(r"^nox.py: b.png: not a picture", capsys.readouterr().err, re.MULTILINE)
 
 
-def test_two_pictures_of_one_name_do_not_replace_each_other(infer, folder, capsys):  # noqa: F811
+def test_two_pictures_of_one_name_do_not_replace_each_other(infer, folder, capsys):
     for place in "x", "y":
         (folder / place).mkdir()
         write(folder / place / "a.png", noise(20, 30, 3))
@@ -640,13 +640,13 @@ def test_two_pictures_of_one_name_do_not_replace_each_other(infer, folder, capsy
     assert "has just been written" in capsys.readouterr().err
 
 
-def test_one_file_for_two_outputs_is_refused(infer, folder):  # noqa: F811
+def test_one_file_for_two_outputs_is_refused(infer, folder):
     write("in.png", noise(20, 30, 3))
     assert "out.png: has just been written" in mistake("infer", "in.png", "-o", "out.png", "--stars", "out.png")
     assert names(folder) == ["in.png"]
 
 
 @pytest.mark.parametrize("name", ["nothing*.png", "empty"])
-def test_a_wildcard_or_folder_without_pictures_is_told(name, folder):  # noqa: F811
+def test_a_wildcard_or_folder_without_pictures_is_told(name, folder):
     (folder / "empty").mkdir()
     assert f"{name}: no pictures there" in mistake("infer", name)
