@@ -5,7 +5,7 @@
     python nox.py train              trains on "nox data", which GenerateStars.py makes; resumes when repeated
 
 Convention: an image is float32 RGB (or gray), shape (height, width, channels), 0..1; lengths are pixels. OpenCV's BGR
-and integer depths exist only in read_picture and encode_picture; the networks' -1..1 only inside the networks.
+and the files' own depths exist only in Picture, its readers and writers; the networks' -1..1 only inside the networks.
 
 The encoder-decoder, trained with an adversary and feature matching, is StarNet's (Nikita Misiura, MIT licence); layer
 normalization in it and training on synthetic stars are the original nox's (Christopher Harvey, MIT licence).
@@ -14,6 +14,8 @@ normalization in it and training on synthetic stars are the original nox's (Chri
 import argparse
 import contextlib
 import dataclasses
+import functools
+import glob
 import io
 import json
 import os
@@ -26,6 +28,7 @@ import tempfile
 import uuid
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -106,6 +109,22 @@ class Inference:
     n_channels: int = setting(0, "1 converts a colour picture to gray first; 0 leaves it as it is", choices=(0, 1, 3))
     weights: str = setting("", "weights file; by default generator_color.h5 or generator_grayscale.h5 beside nox.py")
     data: str = setting("nox data", "folder of pairs for a call without a picture")
+    linear: str = setting(
+        "auto",
+        "whether the pictures are linear (not stretched); auto goes by the histogram",
+        choices=("auto", "yes", "no"),
+    )
+    linked: bool = setting(False, "stretch the channels of linear pictures alike, which keeps colours but not balance")
+    shadows: float = setting(-0.75, "black point of the stretch, in standard deviations from the median")
+    target: float = setting(0.1875, "mean of the stretched picture")
+    upsample: bool = setting(False, "show the network the picture at twice its size: for stars below 2 pixels")
+    strength: float = setting(1.0, "share of the stars' light that is taken, 0..1")
+    depth: str = setting("keep", "depth of what is written", choices=("keep", "8", "16", "32f"))
+    star_mode: str = setting(
+        "subtract",
+        "how --stars and the starless picture make the input again: by adding, or by screen blending",
+        choices=("subtract", "unscreen"),
+    )
 
 
 class BadInput(Exception):
@@ -114,6 +133,13 @@ class BadInput(Exception):
 
 def weights_name(n_channels):
     return "generator_color.h5" if n_channels == 3 else "generator_grayscale.h5"
+
+
+OUTPUTS = {
+    "stars": "the stars alone",
+    "mask": "a mask of the stars, white where they were, 8 bits",
+    "preview": "before and after side by side, 8 bits",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,9 +163,13 @@ def parse_arguments(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
     form = argparse.ArgumentDefaultsHelpFormatter
     infer = commands.add_parser("infer", help="remove the stars from a picture", formatter_class=form)
-    infer.add_argument("image", nargs="?", help="PNG, TIFF or JPEG; without one, a random pair of the data")
-    infer.add_argument("-o", "--output", metavar="FILE", help="the starless picture; then no copy of the input is made")
-    infer.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    infer.add_argument("images", nargs="*", help="pictures, folders, wildcards; without one, a random pair of the data")
+    place = {"metavar": "FILE|DIR"}
+    infer.add_argument("-o", "--output", help="the starless picture; then no copy of the input is made", **place)
+    for name, text in OUTPUTS.items():
+        infer.add_argument("--" + name, help=text, **place)
+    infer.add_argument("--exclude", metavar="FILE", help="gray picture of the same size: what is white in it stays")
+    infer.add_argument("--overwrite", action="store_true", help="replace files that exist")
     add_settings(infer, Inference)
     train = commands.add_parser("train", help="train the network on pairs", formatter_class=form)
     add_settings(train, Architecture, Training)
@@ -161,6 +191,12 @@ def check_arguments(parser, values):
             parser.error(f"--{name.replace('_', '-')} must be at least 0 and below 1")
     if not 0 < getattr(values, "lr", 1) <= 1:
         parser.error("--lr must be above 0 and at most 1")
+    if not 0 < getattr(values, "target", 0.5) < 1:
+        parser.error("--target must be between 0 and 1")
+    if not 0 <= getattr(values, "strength", 1) <= 1:
+        parser.error("--strength must be between 0 and 1")
+    if not -100 <= getattr(values, "shadows", 0) <= 100:
+        parser.error("--shadows must be between -100 and 100")
     if values.command == "infer" and values.stride > values.patch_size:
         parser.error("--stride must not exceed --patch-size, or tiles would leave gaps")
 
@@ -202,108 +238,282 @@ with silenced():
     from keras import layers, ops
 
 # --------------------------------------------------------------------------------------------------------------------
-# Images: read, write
+# Pictures: pixels in the file's own units, images for the network
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def bands(height, rows=256):
+    """Slices that cover so many rows: what is computed in float64 never needs a whole picture of it."""
+    return (slice(start, start + rows) for start in range(0, height, rows))
+
+
+def brightest(pixels):
+    """The largest finite pixel, at least 1: what stands for white where the type has no range of its own."""
+    return max(
+        [1.0, *(float(pixels[rows].max(initial=1, where=np.isfinite(pixels[rows]))) for rows in bands(len(pixels)))]
+    )
 
 
 @dataclasses.dataclass
 class Picture:
-    """A picture as its file holds it: pixels of shape (height, width, 1 or 3) in RGB and their alpha, or None."""
+    """A picture as its file holds it: pixels of shape (height, width, 1 or 3) in RGB and their alpha, or None.
+
+    black, white: the pixels that stand for 0 and 1. Without a white it is an integer's largest; of float pixels 1, or
+    the brightest if above 1. blank: the integer of a missing pixel, if there is one. metadata: icc, exif and xmp
+    (bytes, as every format has them), and under a format's name what only that format can hold.
+    """
 
     pixels: np.ndarray
-    alpha: np.ndarray | None
+    alpha: np.ndarray | None = None
+    metadata: dict = dataclasses.field(default_factory=dict)
+    black: float = 0.0
+    white: float | None = None
+    blank: int | None = None
 
-    @property
-    def white(self):
-        """The value that stands for 1: an integer's largest; of float pixels 1, or the brightest if above 1."""
+    def __post_init__(self):
+        if self.white is None:
+            integer = self.pixels.dtype.kind in "ui"
+            self.white = float(np.iinfo(self.pixels.dtype).max) if integer else brightest(self.pixels)
+
+    def with_pixels(self, pixels):
+        return dataclasses.replace(self, pixels=pixels)
+
+    def noting(self, history):
+        """The picture with a line on what was done to it, for formats that have a place for that."""
+        return dataclasses.replace(self, metadata=self.metadata | {"history": history})
+
+    def unit(self, rows=slice(None)):
+        """Some rows in float64, black at 0 and white at 1; not clipped, missing pixels stay missing."""
+        values = self.pixels[rows].astype(np.float64)
+        if self.blank is not None:
+            values[self.pixels[rows] == self.blank] = np.nan
+        return (values - self.black) / (self.white - self.black)
+
+    def image(self, stretch=None):
+        """The picture as an image: missing pixels are 0, others clipped to 0..1, then stretched."""
+        image = np.empty(self.pixels.shape, np.float32)
+        for rows in bands(len(image)):
+            x = np.nan_to_num(self.unit(rows), posinf=0, neginf=0).clip(0, 1)
+            image[rows] = stretch.forward(x) if stretch else x
+        return image
+
+    def rounded(self, values):
+        """float64 values as they are stored: an integer type rounds and, whatever it is given, does not wrap."""
         if self.pixels.dtype.kind in "ui":
-            return float(np.iinfo(self.pixels.dtype).max)
-        finite = self.pixels[np.isfinite(self.pixels)]
-        return max(1.0, float(finite.max(initial=1)))
+            limits = np.iinfo(self.pixels.dtype)
+            values = np.rint(values).clip(limits.min, np.nextafter(float(limits.max) + 1, 0))
+        return values.astype(self.pixels.dtype)
 
-    def image(self):
-        """The picture as an image."""
-        return (np.nan_to_num(self.pixels, posinf=0, neginf=0) / self.white).astype(np.float32).clip(0, 1)
+    def without(self, light, stretch=None):
+        """The picture less the light taken away (an image), in its own depth; where that is 0, the very same bits.
 
-    def without(self, light):
-        """The picture less the light taken away (an image), in its own depth; where that is 0, the very same bits."""
-        rest = self.pixels - light.astype(np.float64) * self.white
-        if self.pixels.dtype.kind in "ui":
-            rest = np.rint(rest).clip(0, self.white)
-        return Picture(np.where(light != 0, rest, self.pixels).astype(self.pixels.dtype), self.alpha)
+        stretch: the one under which the light was seen, or None. Pixels that it clipped stay as they are, missing ones
+        too. What is taken away leaves nothing below black, what is filled in nothing above white.
+        """
+        rest, span = self.pixels.copy(), self.white - self.black
+        for rows in bands(len(rest)):
+            pixels, x, taken = self.pixels[rows], self.unit(rows), light[rows].astype(np.float64)
+            touched = (taken != 0) & np.isfinite(x)
+            if stretch:
+                touched &= stretch.keeps(x)
+                taken = x - stretch.inverse(stretch.forward(x) - taken)
+            low, high = sorted((self.black, self.white))
+            less = np.clip(
+                pixels - np.where(touched, taken, 0) * span, np.minimum(pixels, low), np.maximum(pixels, high)
+            )
+            np.copyto(rest[rows], self.rounded(np.where(touched, less, low)), where=touched)
+        return self.with_pixels(rest)
+
+    def in_depth(self, dtype):
+        """The picture in another type of pixels: integers span its black to white, floats keep their values."""
+        new, old = np.dtype(dtype), self.pixels.dtype
+        if new == old:
+            return self
+        if new.kind == old.kind == "f":
+            return dataclasses.replace(self, pixels=self.pixels.astype(new), alpha=as_type(self.alpha, new))
+        white = float(np.iinfo(new).max) if new.kind in "ui" else 1.0
+        scaled = np.empty(self.pixels.shape, new)
+        for rows in bands(len(scaled)):
+            values = np.nan_to_num(self.unit(rows), posinf=1, neginf=0) * white
+            scaled[rows] = np.rint(values.clip(0, white)) if new.kind in "ui" else values
+        return dataclasses.replace(self, pixels=scaled, alpha=as_type(self.alpha, new), black=0.0, white=white)
 
     def gray(self):
         """The luminance (ITU-R BT.601) of a colour picture, as a picture of one channel."""
         if self.pixels.shape[2] == 1:
             return self
-        luminance = self.pixels.astype(np.float64) @ np.array([[0.299], [0.587], [0.114]])
-        luminance = np.rint(luminance) if self.pixels.dtype.kind in "ui" else luminance
-        return Picture(luminance.astype(self.pixels.dtype), self.alpha)
-
-    def corner(self):
-        """Its first pixel, to try out what files can hold it."""
-        return Picture(self.pixels[:1, :1], None if self.alpha is None else self.alpha[:1, :1])
+        return self.with_pixels(self.rounded(self.pixels.astype(np.float64) @ np.array([[0.299], [0.587], [0.114]])))
 
 
-def read_picture(path):
-    """The picture in a PNG, TIFF or JPEG file; raises BadInput with the file's name and the reason."""
-    path = Path(path)
-    if path.is_dir():
-        raise BadInput(f"{path}: is a folder, not a picture")
-    try:
-        data = np.fromfile(path, np.uint8)  # cv2.imread cannot open non-ASCII names on Windows
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    if not data.size:
-        raise BadInput(f"{path}: the file is empty")
+def as_type(alpha, dtype):
+    """An alpha channel in another type of pixels."""
+    return None if alpha is None else Picture(alpha[..., None]).in_depth(dtype).pixels[..., 0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Linear data: stretched for the network, and back
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def midtones_transfer(x, m):
+    """Midtones transfer function (PixInsight's): maps m to 0.5, keeps 0 and 1; its inverse has 1 - m for m."""
+    return (m - 1) * x / ((2 * m - 1) * x - m)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Linear values, 0..1, to display values and back, channel by channel: shadows are clipped, midtones raised."""
+
+    shadows: np.ndarray
+    midtones: np.ndarray
+
+    def forward(self, x):
+        return midtones_transfer(((x - self.shadows) / (1 - self.shadows)).clip(0, 1), self.midtones)
+
+    def inverse(self, y):
+        return self.shadows + (1 - self.shadows) * midtones_transfer(y, 1 - self.midtones)
+
+    def keeps(self, x):
+        """Which values come back: those that are not clipped."""
+        return (x > self.shadows) & (x <= 1)
+
+
+def sample(image, count=2**17):
+    """Some pixels of an image, spread over it, shape (n, channels), without the black border of registered pictures."""
+    pixels = image.reshape(-1, image.shape[2])
+    pixels = pixels[:: -(-len(pixels) // count)]
+    inside = pixels.any(axis=1)
+    return (pixels[inside] if inside.any() else pixels).astype(np.float64)
+
+
+def fit_stretch(image, shadows, target, linked):
+    """The stretch of a linear image whose display values have the mean target in each channel.
+
+    shadows: black point in standard deviations from the median. linked: one stretch for all channels together.
+    """
+    values = sample(image)
+    values = values.reshape(-1, 1) if linked else values
+    black = np.maximum(0, np.median(values, axis=0) + shadows * values.std(axis=0))
+    black = np.where(black < values.max(axis=0), black, 0)  # of a constant picture nothing would be left
+    low, high = np.full_like(black, -20), np.full_like(black, -1e-6)  # log2 of the midtones; the mean falls with them
+    for _ in range(40):
+        middle = (low + high) / 2
+        too_dark = Stretch(black, 2**middle).forward(values).mean(axis=0) < target
+        low, high = np.where(too_dark, low, middle), np.where(too_dark, middle, high)
+    return Stretch(black, 2**high)
+
+
+LINEAR_SPREAD = 0.05
+
+
+def looks_linear(picture, image):
+    """Whether the histogram is one of linear data: nine tenths of each channel's pixels within 5% of the range.
+
+    Stretching widens the sky's share of the range to several times that. What has 8 bits has been stretched.
+    """
+    low, high = np.quantile(sample(image), (0.05, 0.95), axis=0)
+    return picture.pixels.dtype.itemsize > 1 and bool(np.all(high - low < LINEAR_SPREAD))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Picture files: each format's reader and writer; tifffile, astropy and xisf are loaded by those who need them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def from_channels(pixels, **fields):
+    """A picture from an array of shape (height, width) or (height, width, 1 to 4), colour in RGB, alpha last."""
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    channels = pixels.shape[2]
+    if channels > 4 or pixels.dtype.kind not in "uif" or 0 in pixels.shape:
+        raise BadInput(f"{channels} channels of {pixels.dtype} are not a picture that can be read")
+    alpha = pixels[..., -1] if channels in (2, 4) else None
+    color = np.ascontiguousarray(pixels[..., : channels - (alpha is not None)])
+    return Picture(color.astype(color.dtype.newbyteorder("="), copy=False), alpha, **fields)
+
+
+def with_alpha(picture):
+    """All channels in one array: (height, width) for gray, else (height, width, 2 to 4)."""
+    channels = [picture.pixels] if picture.alpha is None else [picture.pixels, picture.alpha]
+    return np.dstack(channels).squeeze(2) if picture.pixels.shape[2] == len(channels) == 1 else np.dstack(channels)
+
+
+def swapped(pixels):
+    """RGB with or without alpha for OpenCV's BGR, or the other way round; gray as it is."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    return np.ascontiguousarray(pixels[..., [2, 1, 0, 3][:channels]]) if channels > 2 else pixels
+
+
+def decode(data):
+    """Pixels of the bytes of a picture file, shape (height, width[, channels]), colour in RGB."""
     try:
         pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except cv2.error:
         pixels = None
     if pixels is None:
-        raise BadInput(f"{path}: not a picture that can be read (PNG, TIFF or JPEG)")
-    if pixels.dtype.kind not in "uif":
-        raise BadInput(f"{path}: pixels of type {pixels.dtype} are not supported")
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    if data[:8].tobytes() == PNG_SIGNATURE and data[25] == PNG_GRAY_ALPHA and pixels.shape[2] == 4:
+        raise BadInput("not a picture that can be read")
+    return swapped(pixels)
+
+
+def encode(pixels, extension, options=()):
+    """The bytes of a file of that extension that holds such pixels."""
+    return cv2.imencode(extension, swapped(pixels), options)[1].tobytes()
+
+
+def profile(picture):
+    """The ICC profile, if it is of the kind of picture that this is (still): one for colour says nothing of gray."""
+    icc = picture.metadata.get("icc", b"")
+    return icc if icc[16:20] == {1: b"GRAY", 3: b"RGB "}[picture.pixels.shape[2]] else b""
+
+
+# -- PNG
+
+PNG_SIGNATURE, PNG_GRAY_ALPHA, PNG_XMP = b"\x89PNG\r\n\x1a\n", 4, b"XML:com.adobe.xmp"
+PNG_KEPT = b"gAMA", b"cHRM", b"sRGB", b"cICP", b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"tIME"
+
+
+def png_chunks(data):
+    """(name, content) of each chunk of a PNG file's bytes."""
+    position = len(PNG_SIGNATURE)
+    while position + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        yield name, bytes(data[position + 8 : position + 8 + length])
+        position += 12 + length
+
+
+def png_chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def read_png(path, _):
+    data = np.fromfile(path, np.uint8)  # cv2.imread cannot open non-ASCII names on Windows
+    pixels, metadata = decode(data), {"png": []}
+    for name, content in png_chunks(memoryview(data)):
+        if name == b"iCCP":  # name, zero, method, deflated profile
+            metadata["icc"] = zlib.decompress(content[content.index(0) + 2 :])
+        elif name == b"eXIf":
+            metadata["exif"] = content
+        elif name == b"iTXt" and content.startswith(PNG_XMP + b"\0"):
+            deflated, (_, _, text) = content[len(PNG_XMP) + 1], content[len(PNG_XMP) + 3 :].split(b"\0", 2)
+            metadata["xmp"] = zlib.decompress(text) if deflated else text
+        elif name in PNG_KEPT:
+            metadata["png"].append((name, content))
+    if data[25] == PNG_GRAY_ALPHA and pixels.ndim == 3 and pixels.shape[2] == 4:
         pixels = pixels[..., 2:]  # OpenCV repeats gray to three channels
-    channels = pixels.shape[2]
-    alpha = pixels[..., -1] if channels in (2, 4) else None
-    color = pixels[..., :1] if channels < 3 else pixels[..., 2::-1]
-    return Picture(np.ascontiguousarray(color), alpha)
+    return from_channels(pixels, metadata=metadata)
 
 
-PNG_SIGNATURE, PNG_GRAY_ALPHA = b"\x89PNG\r\n\x1a\n", 4
-HOLDS = {
-    ".png": "uint8 uint16 alpha",
-    ".tif": "uint8 uint16 uint32 int8 int16 int32 float32 float64 alpha",
-    ".jpg": "uint8",
-    ".bmp": "uint8",
-}  # what OpenCV writes as it is; anything else it turns into 8 bits without a word
-HOLDS |= {".tiff": HOLDS[".tif"], ".jpeg": HOLDS[".jpg"]}
-
-
-def encode_picture(picture, extension):
-    """The bytes of a file of that extension; raises BadInput when it cannot hold the picture."""
-    if extension not in HOLDS:
-        raise BadInput(f"{extension or 'nameless'} files are not written; name a .png, .tif or .jpg file with -o")
-    needed = [str(picture.pixels.dtype)] + ["alpha"] * (picture.alpha is not None)
-    for need in needed:
-        if need not in HOLDS[extension].split():
-            raise BadInput(f"a {extension} file cannot hold {need}; name a .tif file with -o")
-    pixels = picture.pixels[..., ::-1]
-    if picture.alpha is not None:
-        if pixels.shape[2] == 1 and extension == ".png":
-            return encode_gray_alpha(np.dstack([pixels, picture.alpha]))
-        pixels = np.dstack([*np.broadcast_to(pixels, (*pixels.shape[:2], 3)).transpose(2, 0, 1), picture.alpha])
-    quality = [cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    try:
-        done, data = cv2.imencode(extension, np.ascontiguousarray(pixels), quality if "jp" in extension else [])
-    except cv2.error:
-        done = False
-    if not done:
-        raise BadInput(f"the picture cannot be written as {extension}; name a .png, .tif or .jpg file with -o")
-    return data.tobytes()
+def write_png(picture, path):
+    pixels, metadata = with_alpha(picture), picture.metadata
+    chunks = list(metadata.get("png", []))
+    if icc := profile(picture):
+        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
+    if exif := metadata.get("exif"):
+        chunks.append((b"eXIf", exif))
+    if xmp := metadata.get("xmp"):
+        chunks.append((b"iTXt", PNG_XMP + bytes(5) + xmp))
+    data = encode_gray_alpha(pixels) if pixels.ndim == 3 and pixels.shape[2] == 2 else encode(pixels, ".png")
+    header = len(PNG_SIGNATURE) + 25  # IHDR comes first
+    Path(path).write_bytes(data[:header] + b"".join(png_chunk(*chunk) for chunk in chunks) + data[header:])
 
 
 def encode_gray_alpha(pixels):
@@ -312,18 +522,445 @@ def encode_gray_alpha(pixels):
     header = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, PNG_GRAY_ALPHA, 0, 0, 0)
     rows = pixels.astype(pixels.dtype.newbyteorder(">")).reshape(height, -1)
     body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))  # 0: a row without filter
-    chunks = (b"IHDR" + header, b"IDAT" + body, b"IEND")
-    return PNG_SIGNATURE + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    return PNG_SIGNATURE + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
+
+
+# -- JPEG
+
+JPEG_EXIF, JPEG_XMP, JPEG_ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
+JPEG_KEPT = 0xE0, 0xE1, 0xED, 0xFE  # JFIF's resolution, the rest of a long XMP packet, IPTC, comment
+JPEG_SEGMENT = 65533  # bytes that fit
+
+
+def jpeg_segments(data):
+    """(marker, content) of each segment of a JPEG file's bytes before the picture itself."""
+    position = 2
+    while data[position] == 0xFF and data[position + 1] != 0xDA:
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        yield data[position + 1], bytes(data[position + 4 : position + 2 + length])
+        position += 2 + length
+
+
+def read_jpeg(path, _):
+    data = np.fromfile(path, np.uint8)
+    pixels, metadata, icc = decode(data), {"jpeg": []}, {}
+    for marker, content in jpeg_segments(data.tobytes()):
+        if content.startswith(JPEG_EXIF):
+            metadata["exif"] = content.removeprefix(JPEG_EXIF)
+        elif content.startswith(JPEG_XMP):
+            metadata["xmp"] = content.removeprefix(JPEG_XMP)
+        elif content.startswith(JPEG_ICC):
+            icc[content[len(JPEG_ICC)]] = content[len(JPEG_ICC) + 2 :]  # number of this part, number of parts, part
+        elif marker in JPEG_KEPT:
+            metadata["jpeg"].append((marker, content))
+    metadata["icc"] = b"".join(icc[part] for part in sorted(icc))
+    return from_channels(pixels, metadata=metadata)
+
+
+def write_jpeg(picture, path):
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    data, metadata = encode(with_alpha(picture), ".jpg", quality), picture.metadata
+    kept = metadata.get("jpeg", [])
+    first, jfif = next(jpeg_segments(data))
+    segments = [s for s in kept if s[0] == first] or [(first, jfif)]
+    segments += [
+        (0xE1, head + metadata[name]) for name, head in (("exif", JPEG_EXIF), ("xmp", JPEG_XMP)) if metadata.get(name)
+    ]
+    icc, step = profile(picture), JPEG_SEGMENT - len(JPEG_ICC) - 2
+    parts = [icc[start : start + step] for start in range(0, len(icc), step)]
+    segments += [(0xE2, JPEG_ICC + bytes([i + 1, len(parts)]) + part) for i, part in enumerate(parts)]
+    segments += [s for s in kept if s[0] != first]
+    head = b"".join(
+        struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+        for marker, content in segments
+        if len(content) <= JPEG_SEGMENT
+    )
+    Path(path).write_bytes(data[:2] + head + data[6 + len(jfif) :])
+
+
+# -- TIFF
+
+TIFF_XMP, TIFF_ICC = 700, 34675
+NEUTRAL = {338: 0, 274: 1}  # what is alpha, orientation: OpenCV would multiply by the one and turn by the other
+EXIF_FOLDERS = 34665, 34853  # EXIF and GPS: tags whose value is a list of tags
+EXIF_TAGS = 271, 272, 274, 305, 306, 315, 33432  # maker, model, orientation, software, date, artist, copyright
+# what says how the pixels lie in the file, which the writer decides, and what is kept under another name
+TIFF_STRUCTURE = {
+    *range(254, 260),
+    262,
+    266,
+    273,
+    *range(277, 282),
+    284,
+    288,
+    289,
+    292,
+    293,
+    317,
+    320,
+    *range(322, 326),
+}
+TIFF_STRUCTURE |= {
+    282,
+    283,
+    296,
+    330,
+    338,
+    339,
+    340,
+    341,
+    347,
+    *range(512, 522),
+    *range(529, 533),
+    TIFF_XMP,
+    TIFF_ICC,
+    *EXIF_FOLDERS,
+}
+
+
+def read_tiff(path, _):
+    import tifffile
+
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages[0]
+        gray_or_rgb = int(page.photometric) in (0, 1, 2)  # white is zero, black is zero, RGB
+        try:
+            pixels = page.asarray() if gray_or_rgb else None  # a palette, YCbCr
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            pixels = None  # LZW and the like: a package of 20 MB, while OpenCV is here
+        if pixels is None:
+            data = np.fromfile(path, np.uint8)
+            for code, neutral in NEUTRAL.items():
+                if tag := page.tags.get(code):
+                    data[tag.valueoffset : tag.valueoffset + 2] = list(struct.pack(tif.byteorder + "H", neutral))
+            pixels = decode(data)
+        elif page.axes == "SYX":
+            pixels = np.moveaxis(pixels, 0, -1)
+        tags = [(t.code, int(t.dtype), t.count, t.value, True) for t in page.tags if t.code not in TIFF_STRUCTURE]
+        native = {"tags": tags, "byteorder": tif.byteorder, "bigtiff": tif.is_bigtiff, "alpha": page.extrasamples}
+        if 282 in page.tags and 283 in page.tags:
+            native["resolution"] = (page.tags[282].value, page.tags[283].value)
+            native["unit"] = int(page.tags[296].value) if 296 in page.tags else 2
+        native |= {"planarconfig": int(page.planarconfig), "deflate": int(page.compression) != 1}
+        metadata = {"tiff": native, "exif": exif_of_tiff(tif)}
+        metadata |= {
+            k: bytes(page.tags[code].value) for k, code in (("icc", TIFF_ICC), ("xmp", TIFF_XMP)) if code in page.tags
+        }
+        picture = from_channels(pixels, metadata=metadata)
+        if gray_or_rgb and page.photometric == 0:
+            picture.black, picture.white, native["photometric"] = picture.white, picture.black, 0
+        return picture
+
+
+def exif_of_tiff(tif):
+    """The EXIF and GPS tags of a TIFF file, and those of its own that say the same, as other formats hold EXIF."""
+    from PIL import Image, TiffImagePlugin
+
+    tags, exif, file = tif.pages[0].tags, Image.Exif(), tif.filehandle
+    for code in (code for code in EXIF_FOLDERS if code in tags):
+        folder = TiffImagePlugin.ImageFileDirectory_v2(tiff_magic(tif), group=code)
+        file.seek(tags[code].offset + (12 if tif.is_bigtiff else 8))
+        file.seek(struct.unpack(tif.byteorder + "L", file.read(4))[0])  # tifffile has the folder's tags, but no types
+        folder.load(file)
+        exif.get_ifd(code).update(folder)
+    exif.update({code: tags[code].value for code in EXIF_TAGS if code in tags})
+    return exif.tobytes().removeprefix(JPEG_EXIF) if exif or exif._ifds else b""
+
+
+def tiff_magic(tif):
+    """What a TIFF file of this kind begins with; Pillow tells the kind by it."""
+    order = {"<": b"II", ">": b"MM"}[tif.byteorder]
+    return order + (
+        struct.pack(tif.byteorder + "HLQ", 43, 0, 0) if tif.is_bigtiff else struct.pack(tif.byteorder + "HL", 42, 0)
     )
 
 
-def write_bytes(path, data):
-    """Write to a temporary file, then rename: nobody ever sees half a file."""
+def write_tiff(picture, path):
+    import tifffile
+
+    pixels, metadata = with_alpha(picture), picture.metadata
+    native = metadata.get("tiff", {})
+    exif, folders = exif_for_tiff(metadata.get("exif", b""))
+    tags = {tag[0]: tag for tag in exif + native.get("tags", [])}
+    if metadata.get("xmp"):
+        tags[TIFF_XMP] = (TIFF_XMP, 1, len(metadata["xmp"]), metadata["xmp"], True)
+    for code in folders:  # tifffile refuses to write these tags: they get their number, and their value, afterwards
+        tags[code - 1] = (code - 1, 4, 1, 0, True)
+    planar = native.get("planarconfig") == 2 and picture.pixels.shape[2] == 3
+    deflate = {"compression": "zlib", "predictor": pixels.dtype.kind in "ui"} if native.get("deflate") else {}
+    tifffile.imwrite(
+        path,
+        np.moveaxis(pixels, -1, 0) if planar else pixels,
+        photometric="rgb" if picture.pixels.shape[2] == 3 else "miniswhite" if picture.white < picture.black else "minisblack",
+        planarconfig=None if pixels.ndim == 2 else "separate" if planar else "contig",
+        extrasamples=None if picture.alpha is None else native.get("alpha", ["unassalpha"]) or ["unspecified"],
+        byteorder=native.get("byteorder"),
+        bigtiff=native.get("bigtiff") or None,
+        resolution=native.get("resolution"),
+        resolutionunit=native.get("unit"),
+        iccprofile=profile(picture) or None,
+        metadata=None,
+        software=False,
+        extratags=[(code, kind, count, value.encode() if kind == 2 else value, once) for code, kind, count, value, once in tags.values()],
+        **deflate,
+    )  # fmt: skip
+    if folders:
+        add_exif_folders(path, folders)
+
+
+def exif_for_tiff(exif):
+    """(tags of a TIFF's own that EXIF bytes hold, {folder: its tags}) of a picture's EXIF."""
+    from PIL import Image
+
+    found = Image.Exif()
+    if exif:
+        found.load(exif)
+    texts = {tag: found[tag] for tag in EXIF_TAGS if tag in found}
+    own = [(t, 3, 1, v, True) if isinstance(v, int) else (t, 2, 0, str(v), True) for t, v in texts.items()]
+    return own, {code: tags for code in EXIF_FOLDERS if (tags := dict(found.get_ifd(code)))}
+
+
+def add_exif_folders(path, folders):
+    """Put the EXIF and GPS tags at the end of a TIFF file, whose placeholders then point there."""
+    import tifffile
+    from PIL import TiffImagePlugin
+
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        end, file = tif.filehandle.size, tif.filehandle
+        for code, values in folders.items():
+            folder = TiffImagePlugin.ImageFileDirectory_v2(tiff_magic(tif), group=code)
+            for tag, value in values.items():
+                folder[tag] = value
+            start = end + end % 2
+            placeholder, data = tif.pages[0].tags[code - 1], folder.tobytes(start)
+            placeholder.overwrite(start)
+            for position, content in (placeholder.offset, struct.pack(tif.byteorder + "H", code)), (start, data):
+                file.seek(position)
+                file.write(content)
+            end = start + len(data)
+
+
+# -- FITS: the first row is the lowest, unless ROWORDER says otherwise
+
+OTHER_SIGN = {
+    8: -128,
+    16: 2**15,
+    32: 2**31,
+    64: 2**63,
+}  # BZERO by BITPIX: how FITS stores signed bytes, unsigned others
+
+
+def read_fits(path, number):
+    """number: of the HDU; None takes the first with a picture. Scaled integers stay as stored, for the very bits."""
+    from astropy.io import fits
+
+    options = {"memmap": False, "ignore_blank": True}
+    with fits.open(path, **options) as file:
+        pictures = [i for i, hdu in enumerate(file) if hdu.is_image and hdu.header.get("NAXIS", 0) >= 2]
+        chosen = next((i for i in pictures if number in (None, i)), None)
+        if chosen is None:
+            raise BadInput("holds no picture" if number is None else f"HDU {number} is not a picture")
+        header = file[chosen].header.copy()
+        bits, scale, zero = header["BITPIX"], header.get("BSCALE", 1), header.get("BZERO", 0)
+        scaled = bits > 0 and (scale, zero) not in ((1, 0), (1, OTHER_SIGN[bits]))
+        data = file[chosen].data if not scaled else None
+    if scaled:
+        with fits.open(path, do_not_scale_image_data=True, **options) as file:
+            data = file[chosen].data
+    planes = data.reshape(-1, *data.shape[-2:])
+    if len(planes) not in (1, 3):
+        raise BadInput(f"HDU {chosen} holds {len(planes)} planes; gray and RGB (3) can be read")
+    top_down = str(header.get("ROWORDER", "")).strip().upper() == "TOP-DOWN"
+    pixels = np.moveaxis(planes if top_down else planes[:, ::-1], 0, -1)
+    native = {"path": path, "number": chosen, "shape": data.shape, "top_down": top_down}
+    picture = from_channels(pixels, metadata={"fits": native})
+    picture.blank = header.get("BLANK") if bits > 0 else None
+    if scaled:
+        native |= {"scaling": {"BSCALE": scale, "BZERO": zero}, "type": picture.pixels.dtype}
+        ends = [zero + scale * float(end) for end in (picture.pixels.min(), picture.pixels.max())]
+        picture.black, picture.white = -zero / scale, (max(1, *ends) - zero) / scale
+    elif picture.pixels.dtype.kind == "i":  # counts, not a range to be filled
+        picture.white = brightest(picture.pixels)
+    return picture
+
+
+def write_fits(picture, path, compress=False):
+    """The other HDUs of the file that the picture came from are written along."""
+    from astropy.io import fits
+
+    native = picture.metadata.get("fits", {"number": 0, "shape": (), "top_down": False})
+    planes = np.moveaxis(picture.pixels, -1, 0)
+    planes = planes if native["top_down"] else planes[:, ::-1]
+    same_shape = np.prod(native["shape"]) == planes.size
+    planes = planes.reshape(native["shape"]) if same_shape else planes[0] if len(planes) == 1 else planes
+    with contextlib.ExitStack() as stack, warnings.catch_warnings(action="ignore"):
+        hdus = [fits.PrimaryHDU()]
+        header, number = fits.Header({"ROWORDER": "BOTTOM-UP"}), native["number"]
+        if native.get("path"):
+            hdus = [*stack.enter_context(fits.open(native["path"], memmap=False))]
+            header = hdus[number].header.copy()
+        if history := picture.metadata.get("history"):
+            header.add_history(history)
+        if compress:  # by default lossy for floats, and 32 bits of 64
+            lossless = planes.dtype.kind == "f" or planes.dtype.itemsize == 8
+            options = {"compression_type": "GZIP_2", "quantize_level": 0} if lossless else {}
+            hdus[number : number + 1] = [fits.PrimaryHDU()] * (number == 0) + [
+                fits.CompImageHDU(planes, header, **options)
+            ]
+        else:
+            kind = fits.ImageHDU if number else fits.PrimaryHDU
+            as_stored = "scaling" in native and native["type"] == planes.dtype
+            hdus[number] = kind(planes, header, do_not_scale_image_data=as_stored)
+            if as_stored:
+                hdus[number].header.update(native["scaling"])
+        fits.HDUList(hdus).writeto(path)
+
+
+# -- XISF
+
+
+def xisf_package():
+    try:
+        import xisf
+    except ImportError:
+        raise BadInput("XISF files need a package: pip install xisf") from None
+    return xisf.XISF
+
+
+def read_xisf(path, _):
+    file = xisf_package()(path)
+    image = file.get_images_metadata()[0]
+    native = {"image_metadata": image, "xisf_metadata": file.get_file_metadata()}
+    return from_channels(file.read_image(0), metadata={"xisf": native})
+
+
+def write_xisf(picture, path):
+    pixels = np.atleast_3d(with_alpha(picture))
+    xisf_package().write(str(path), pixels, creator_app="nox", **picture.metadata.get("xisf", {}))
+
+
+# -- all
+
+
+def read_other(path, _):
+    return from_channels(decode(np.fromfile(path, np.uint8)))
+
+
+def write_bmp(picture, path):
+    Path(path).write_bytes(encode(with_alpha(picture), ".bmp"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A picture file format: how it begins, how it is read and written, and what it holds."""
+
+    begins: tuple
+    read: Callable
+    write: Callable
+    depths: str  # types of pixels; a picture of another type is turned into the first of them
+    alpha: bool = False
+
+    def depth_for(self, dtype, wanted="keep"):
+        """The type of pixels written for a picture of a type: the wanted one, or its own if the format has it."""
+        name = {"8": "uint8", "16": "uint16", "32f": "float32", "keep": str(dtype)}[wanted]
+        if name in self.depths.split():
+            return name
+        if wanted != "keep":
+            raise BadInput(f"this format cannot hold --depth {wanted}")
+        return self.depths.split()[0]
+
+
+INTEGERS = "uint16 uint8 uint32 int8 int16 int32"
+PNG = Format((PNG_SIGNATURE,), read_png, write_png, "uint16 uint8", alpha=True)
+JPEG = Format((b"\xff\xd8\xff",), read_jpeg, write_jpeg, "uint8")
+TIFF_BEGINS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
+TIFF = Format(TIFF_BEGINS, read_tiff, write_tiff, f"float32 {INTEGERS} float16 float64", alpha=True)
+FITS = Format((b"SIMPLE  =",), read_fits, write_fits, f"float32 {INTEGERS} int64 uint64 float64")
+PACKED_FITS = dataclasses.replace(FITS, begins=(), write=functools.partial(write_fits, compress=True))
+XISF = Format((b"XISF0100",), read_xisf, write_xisf, "float32 uint8 uint16 uint32 float64", alpha=True)
+BMP = Format((b"BM",), read_other, write_bmp, "uint8")
+FORMATS = {".png": PNG, ".jpg": JPEG, ".jpeg": JPEG, ".tif": TIFF, ".tiff": TIFF, ".xisf": XISF, ".bmp": BMP}
+FORMATS |= dict.fromkeys((".fits", ".fit", ".fts"), FITS) | dict.fromkeys((".fits.fz", ".fit.fz", ".fz"), PACKED_FITS)
+
+
+def read_picture(path):
+    """The picture in a file, in whatever format; FILE.fits[n] names an HDU of a FITS file.
+
+    Raises BadInput with the file's name and the reason.
+    """
+    path, number = picture_file(path)
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder, not a picture")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    if not start:
+        raise BadInput(f"{path}: the file is empty")
+    read = next((f.read for f in FORMATS.values() if start.startswith(f.begins)), read_other)
+    try:
+        return read(path, number)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # each library has its own for a file that is broken
+        raise BadInput(f"{path}: not a picture that can be read ({first_line(error)})") from None
+
+
+def format_of(path):
+    """The format of a name's extension; raises BadInput when it is not written."""
+    if (extension := name_parts(path)[1]) not in FORMATS:
+        raise BadInput(f"{path}: {extension or 'nameless'} files are not written; name a .png, .tif or .fits file")
+    if extension == ".xisf":
+        xisf_package()
+    return FORMATS[extension]
+
+
+def name_parts(path):
+    """(stem, extension, HDU number or None) of a picture's name; the extension in lower case and its short form."""
+    match = re.fullmatch(r"(.*?)((?:\.fits?)?\.[^.\[]+)?(?:\[(\d+)\])?", Path(path).name, re.IGNORECASE | re.DOTALL)
+    stem, extension, number = match.groups()
+    extension = (extension or "").lower()
+    return stem, {".tiff": ".tif", ".jpeg": ".jpg"}.get(extension, extension), number and int(number)
+
+
+def picture_file(path):
+    """(file, number of the HDU or None) of a picture's name, which may end in [n]."""
+    path, number = Path(path), name_parts(path)[2]
+    if number is None or path.exists():
+        return path, None
+    return path.with_name(path.name[: path.name.rindex("[")]), number
+
+
+def check_holds(picture, path, depth="keep"):
+    """Raises BadInput when a file of that name cannot hold the picture in that depth; returns the type of pixels."""
+    form = format_of(path)
+    if picture.alpha is not None and not form.alpha:
+        raise BadInput(f"{path}: this format cannot hold transparency; name a .png or .tif file")
+    try:
+        return form.depth_for(picture.pixels.dtype, depth)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def write_picture(path, picture, depth="keep"):
+    """Write a picture to a file in the format of its name, in that depth or the picture's own if the format has it."""
+    stored = picture.in_depth(check_holds(picture, path, depth))
+    with replacing(path) as temporary:
+        format_of(path).write(stored, temporary)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary file that gets its name when it is whole: nobody ever sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".nox{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
@@ -331,10 +968,14 @@ def write_bytes(path, data):
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path, data):
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_image(path, image):
     """Write an image as an 8-bit file."""
-    pixels = np.rint(np.asarray(image).clip(0, 1) * 255).astype(np.uint8)
-    write_bytes(path, encode_picture(Picture(pixels, None), Path(path).suffix))
+    write_picture(path, Picture(np.rint(np.asarray(image).clip(0, 1) * 255).astype(np.uint8)))
 
 
 def psnr(image, truth):
@@ -1187,52 +1828,223 @@ def weights_for(settings, n_channels):
     return Path(settings.weights) if settings.weights else Path(__file__).resolve().parent / weights_name(n_channels)
 
 
-def remove_stars(picture, settings, title):
-    """The picture without its stars, in its own depth and channels."""
-    image = picture.image()
+def starlight(picture, settings, title, load):
+    """(light of the stars in a picture as an image, the stretch under which it was seen or None).
+
+    load: load_generator, or one that remembers. No light is taken where the picture is transparent.
+    """
+    image, stretch = picture.image(), None
+    if settings.linear == "yes" or settings.linear == "auto" and looks_linear(picture, image):
+        stretch = fit_stretch(image, settings.shadows, settings.target, settings.linked)
+        image = picture.image(stretch)
+        title += ", stretched"
     weights = weights_for(settings, image.shape[2])
-    generator, architecture = load_generator(weights)
+    generator, architecture = load(weights)
     if (taken := architecture.n_channels) != (given := image.shape[2]):
         kind = {1: "grayscale", 3: "colour"}
         raise BadInput(f"{weights}: {kind[taken]} weights, but a {kind[given]} picture; see --n-channels {taken}")
-    light = stellar_light(generator, architecture, image, settings, title)
-    return picture.without(light.clip(image - 1, image))  # what remains lies in 0..1
+    seen = resized(image, 2, cv2.INTER_CUBIC).clip(0, 1) if settings.upsample else image
+    light = stellar_light(generator, architecture, seen, settings, title)
+    light = resized(light, 0.5, cv2.INTER_AREA) if settings.upsample else light
+    np.clip(light, image - 1, image, out=light)  # what remains lies in 0..1
+    light *= np.float32(settings.strength)
+    if picture.alpha is not None:
+        light[picture.alpha == 0] = 0
+    return light, stretch
 
 
-def infer(image, output, overwrite, settings):
-    """Write the starless picture and, where no output is named, a copy of the starry one."""
-    source = Path(image)
-    with silenced():  # libpng and libjpeg
-        picture = read_picture(source)
-    extension = {".tiff": ".tif", ".jpeg": ".jpg"}.get(source.suffix.lower(), source.suffix.lower()) or ".png"
-    target = Path(output) if output else Path("starless" + extension)
+def resized(image, factor, interpolation):
+    """The image at another size, shape (height, width, channels) even where there is but one."""
+    other = cv2.resize(image, None, fx=factor, fy=factor, interpolation=interpolation)
+    return other.reshape(*other.shape[:2], -1)
+
+
+def star_layer(starry, starless, mode):
+    """(starless, stars) of two pictures of one depth, from which the starry one is made again.
+
+    subtract: starry = starless + stars, exactly. unscreen: starry = 1 - (1 - starless) (1 - stars), in units of white;
+    of integers exactly when rounded, of floats to their precision. Nothing may be brighter without stars than with.
+    """
+    a, b = starry.pixels, starless.pixels
+    stars = np.empty_like(a)
+    if mode == "unscreen":
+        for rows in bands(len(a)):
+            x, y = starry.unit(rows), starless.unit(rows)
+            light = np.divide(x - y, 1 - y, out=np.zeros_like(x), where=(x != y) & (y < 1) & np.isfinite(x))
+            stars[rows] = starry.rounded(starry.black + light * (starry.white - starry.black))
+        return starless, starry.with_pixels(stars)
+    for rows in bands(len(a)):  # the difference may be rounded where it is large; then what it leaves is exact
+        difference = np.subtract(a[rows], b[rows], out=np.zeros_like(a[rows]), where=a[rows] != b[rows])
+        difference[~np.isfinite(difference)] = 0
+        stars[rows] = difference + a.dtype.type(round(starry.black))
+        b[rows] = np.where(difference != 0, a[rows] - difference, a[rows])
+    return starless, starry.with_pixels(stars)
+
+
+MASK_WHITE = 0.1  # light at which the mask is white: faint stars are to show in it
+
+
+def star_mask(picture, light):
+    """An 8-bit gray picture of where light was taken, white where it was much."""
+    white = 255 * (np.abs(light).max(axis=2, keepdims=True) / MASK_WHITE).clip(0, 1)
+    pixels = np.rint(white).astype(np.uint8)
+    return dataclasses.replace(picture, pixels=pixels, alpha=None, black=0.0, white=255.0, blank=None)
+
+
+PREVIEW_SIDE = 1600
+
+
+def preview(starry, starless, stretch):
+    """An 8-bit picture of before, left, and after, right, as the network saw them, reduced to fit a screen."""
+    factor = min(1, PREVIEW_SIDE / max(starry.pixels.shape[:2]))
+    halves = [resized(picture.image(stretch), factor, cv2.INTER_AREA) for picture in (starry, starless)]
+    return Picture(np.rint(255 * np.hstack(halves).clip(0, 1)).astype(np.uint8), metadata={"icc": profile(starry)})
+
+
+HISTORY = {
+    "starless": "stars removed by nox",
+    "stars": "stars alone, as removed by nox",
+    "mask": "mask of the stars, by nox",
+    "preview": "before and after removing the stars, by nox",
+}
+
+
+def expand(names):
+    """The pictures that names of files and folders and wildcards stand for; not those that nox wrote beside them."""
+    for name in names:
+        found = [Path(name)]
+        if found[0].is_dir():
+            found = sorted(
+                p for p in Path(name).iterdir() if name_parts(p)[1] in FORMATS and not p.name.startswith(".")
+            )
+            ours = tuple(f"_{kind}" for kind in ("starless", *OUTPUTS))
+            found = [p for p in found if not name_parts(p)[0].endswith(ours)]
+        elif glob.has_magic(name) and not found[0].exists() and name_parts(name)[2] is None:
+            found = sorted(map(Path, glob.glob(name)))  # Windows leaves wildcards to the program
+        if not found:
+            raise BadInput(f"{name}: no pictures there")
+        yield from found
+
+
+def destination(place, source, kind, many):
+    """Where something made of a picture goes: into a folder, as <stem>_<kind>, or to the file that is named.
+
+    A name without an extension gets the picture's, a preview .png. The folder is made if need be.
+    """
+    path = Path(place)
+    stem, extension, _ = name_parts(source)
+    extension = ".png" if kind == "preview" else extension
+    if many or path.is_dir() or place.endswith(("/", os.sep)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{place}: not a folder, nor can it be made one ({error.strerror})") from None
+        return path / f"{stem}_{kind}{extension or '.png'}"
+    return path if path.suffix else path.with_name(path.name + (extension or ".png"))
+
+
+def check_target(target, source, replaceable):
+    """Raises BadInput for a file that must not be or cannot be written: told before the long work, not after it."""
     if target.is_dir():
         raise BadInput(f"{target}: is a folder; name a file with -o")
-    if output and not target.suffix:
-        target = target.with_name(target.name + extension)
-    if target.exists() and target.samefile(source):
-        raise BadInput(f"{target}: is the picture itself, which is never overwritten; name another file with -o")
-    if output and target.exists() and not overwrite:
-        raise BadInput(f"{target}: exists; --overwrite replaces it")
     if not target.parent.is_dir():
         raise BadInput(f"{target.parent}: no such folder")
-    starry = in_channels(picture, settings.n_channels)
-    try:
-        encode_picture(starry.corner(), target.suffix.lower())  # told before the long work, not after it
-    except BadInput as error:
-        raise BadInput(f"{target}: {error}") from None
-    starless = remove_stars(starry, settings, source.name)
-    write_bytes(target, encode_picture(starless, target.suffix.lower()))
-    copy = Path("starry" + extension)
-    if not output and not (copy.exists() and copy.samefile(source)):
-        grayed = starry.pixels.shape[2] < picture.pixels.shape[2]
-        write_bytes(copy, encode_picture(starry, extension) if grayed else source.read_bytes())
+    if target.exists():
+        if target.samefile(source):
+            raise BadInput(f"{target}: is the picture itself, which is never overwritten; name another file with -o")
+        if not replaceable:
+            raise BadInput(f"{target}: exists; --overwrite replaces it")
+    format_of(target)
+
+
+def infer(values, settings):
+    """Remove the stars from every picture named; raises BadInput in the end when that failed for some of several."""
+    sources = list(expand(values.images))
+    many = len(sources) > 1 or Path(values.images[0]).is_dir()
+    load, written, failed = functools.cache(load_generator), set(), 0
+    for source in sources:
+        try:
+            infer_one(source, values, settings, load, many, written)
+        except BadInput as error:
+            if not many:
+                raise
+            failed += 1
+            print(f"nox.py: {error}", file=sys.stderr)
+    if failed:
+        raise BadInput(f"{failed} of {len(sources)} pictures failed")
+
+
+def infer_one(source, values, settings, load, many, written):
+    """Write what was asked for of one picture and, where no output is named, a copy of the starry one.
+
+    many: everything goes into folders. written: the files of this run so far, to which these are added.
+    """
+    with silenced():  # libpng and libjpeg
+        original = read_picture(source)
+    picture = in_channels(original, settings.n_channels)
+    file, extension = picture_file(source)[0], name_parts(source)[1] or ".png"
+    named = values.output or ("." if many else None)
+    places = {"starless": named or "starless" + extension} | {kind: getattr(values, kind) for kind in OUTPUTS}
+    targets = {kind: destination(place, source, kind, many) for kind, place in places.items() if place}
+    for kind, target in targets.items():
+        check_target(target, file, values.overwrite or (kind == "starless" and not named))
+        if kind in ("starless", "stars"):
+            check_holds(picture, target, settings.depth)
+        if target.resolve() in written:
+            raise BadInput(f"{target}: has just been written; name another file")
+        written.add(target.resolve())
+    excluded = read_exclusion(values.exclude, picture) if values.exclude else None
+    light, stretch = starlight(picture, settings, source.name, load)
+    if excluded is not None:
+        light *= 1 - excluded
+    if values.stars:
+        np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
+    depth = format_of(targets["starless"]).depth_for(picture.pixels.dtype, settings.depth)
+    for kind, layer in layers_of(picture, light, stretch, targets, depth, settings.star_mode).items():
+        write_picture(
+            targets[kind], layer.noting(HISTORY[kind]), settings.depth if kind in ("starless", "stars") else "keep"
+        )
+    if not named:
+        write_copy(Path("starry" + extension), file, picture if picture is not original else None)
+
+
+def layers_of(picture, light, stretch, kinds, depth, star_mode):
+    """{kind: picture} of what is made of a picture and the light of its stars; starless and stars are of one depth."""
+    starless = picture.without(light, stretch)
+    layers = {"starless": starless}
+    if "stars" in kinds:
+        pair = star_layer(picture.in_depth(depth), starless.in_depth(depth), star_mode)
+        layers = dict(zip(("starless", "stars"), pair))
+    if "mask" in kinds:
+        layers["mask"] = star_mask(picture, light)
+    if "preview" in kinds:
+        layers["preview"] = preview(picture, starless, stretch)
+    return layers
+
+
+def write_copy(target, file, changed):
+    """Write the starry picture: the file itself, or the picture that was made of it; never over the file."""
+    if target.exists() and target.samefile(file):
+        return
+    if changed:
+        return write_picture(target, changed)
+    with replacing(target) as temporary:
+        shutil.copyfile(file, temporary)
+
+
+def read_exclusion(path, picture):
+    """What is to stay of a picture, an image of one channel, from a file of the same size."""
+    mask = read_picture(path).gray().image()
+    if mask.shape[:2] != picture.pixels.shape[:2]:
+        sizes = ["x".join(map(str, array.shape[1::-1])) for array in (mask, picture.pixels)]
+        raise BadInput(f"{path}: has {sizes[0]} pixels, the picture {sizes[1]}")
+    return mask
 
 
 def in_channels(picture, n_channels):
     """The picture as --n-channels has it: 1 turns colour into gray, 3 gray into colour, 0 leaves it as it is."""
     if n_channels == 3 and picture.pixels.shape[2] == 1:
-        return Picture(np.repeat(picture.pixels, 3, axis=2), picture.alpha)
+        return picture.with_pixels(np.repeat(picture.pixels, 3, axis=2))
     return picture.gray() if n_channels == 1 else picture
 
 
@@ -1270,10 +2082,10 @@ def main(values):
     try:
         if values.command == "train":
             train(collect(Architecture, values), collect(Training, values))
-        elif values.image is None:
+        elif not values.images:
             infer_pair(collect(Inference, values))
         else:
-            infer(values.image, values.output, values.overwrite, collect(Inference, values))
+            infer(values, collect(Inference, values))
     except BadInput as error:
         sys.exit(f"nox.py: {error}")
     except KeyboardInterrupt:

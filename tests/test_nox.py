@@ -191,7 +191,9 @@ def test_help_lists_each_setting_with_its_default_before_keras_loads(tmp_path):
         "infer a.png --stride 0",
         "infer a.png --patch-size 64 --stride 65",
         "infer a.png --batch-size 0",
-        "infer a.png b.png",
+        "infer a.png --target 1",
+        "infer a.png --strength 1.1",
+        "infer a.png --depth 12",
         "neither",
         "",
     ],
@@ -402,14 +404,28 @@ def test_starry_png_as_the_picture_stays_as_it_is(flags, infer, folder):
     assert names(folder) == ["starless.png", "starry.png"] and Path("starry.png").read_bytes() == before
 
 
-@pytest.mark.parametrize("output", ["missing/out.png", "in.png/out.png", "taken", "out.xyz", "out.jpg", "out.webp"])
-def test_an_output_that_cannot_be_is_told_before_the_work(output, infer, folder, monkeypatch):
-    monkeypatch.setattr(nox, "remove_stars", lambda *arguments: pytest.fail("worked in vain"))
-    (folder / "taken").mkdir()
+@pytest.mark.parametrize("option", ["-o", "--stars", "--mask", "--preview"])
+@pytest.mark.parametrize("output", ["missing/out.png", "in.png/out.png", "taken.png", "out.xyz", "out.webp", "in.png/"])
+def test_an_output_that_cannot_be_is_told_before_the_work(output, option, infer, folder, monkeypatch):
+    monkeypatch.setattr(nox, "stellar_light", lambda *arguments: pytest.fail("worked in vain"))
+    (folder / "taken.png").write_text("precious")
     write("in.png", noise(30, 30, 3, "uint16"))
     with pytest.raises(SystemExit, match=f"nox.py: {Path(output).parts[0]}"):
-        infer("in.png", "-o", output)
-    assert names(folder) == ["in.png", "taken"]
+        infer("in.png", option, output)
+    assert names(folder) == ["in.png", "taken.png"]
+
+
+@pytest.mark.parametrize(
+    "output, flags", [("out.jpg", ()), ("out.fits", ()), ("out.png", ("--depth", "32f")), ("out.jpg", ("--depth", 16))]
+)
+def test_an_output_whose_format_cannot_hold_the_picture_is_told_before_the_work(
+    output, flags, infer, folder, monkeypatch
+):
+    monkeypatch.setattr(nox, "stellar_light", lambda *arguments: pytest.fail("worked in vain"))
+    write("in.png", noise(30, 30, 3 if flags else 4, "uint16"))
+    with pytest.raises(SystemExit, match=f"nox.py: {output}: .*cannot hold"):
+        infer("in.png", "-o", output, *flags)
+    assert names(folder) == ["in.png"]
 
 
 def test_a_copy_that_fails_leaves_no_half_file(folder, monkeypatch):
