@@ -14,6 +14,7 @@ normalization in it and training on synthetic stars are the original nox's (Chri
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -36,6 +37,9 @@ from pathlib import Path
 def setting(default, text, **options):
     """A dataclass field with its default and the reason or meaning that --help shows."""
     return dataclasses.field(default=default, metadata={"help": text, **options})
+
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +98,7 @@ class Training:
     save_freq: int = setting(1, "epochs between saved weights, plots and sample pictures")
     seed: int = setting(0, "seed of crops, order and split")
     workers: int = setting(2, "threads that read and augment pairs while the network runs")
-    precision: str = setting(
-        "float32", "bfloat16 is faster on GPUs and on CPUs with AMX", choices=("float32", "bfloat16")
-    )
+    precision: str = setting("float32", "bfloat16 is faster on GPUs and on CPUs with AMX", choices=PRECISIONS)
     weights: str = setting("", "weights file to start from; colour weights can start the grayscale network")
 
 
@@ -107,6 +109,9 @@ class Inference:
     batch_size: int = setting(1, "tiles at once; more helps GPUs only")
     n_channels: int = setting(0, "1 converts a colour picture to gray first; 0 leaves it as it is", choices=(0, 1, 3))
     weights: str = setting("", "weights file; by default generator_color.h5 or generator_grayscale.h5 beside nox.py")
+    precision: str = setting(
+        "float32", "bfloat16 is faster on GPUs and on CPUs with AMX, but rounds bright stars", choices=PRECISIONS
+    )
     data: str = setting("nox data", "folder of pairs for a call without a picture")
 
 
@@ -215,24 +220,24 @@ class Picture:
     pixels: np.ndarray
     alpha: np.ndarray | None
 
-    @property
+    @functools.cached_property
     def white(self):
         """The value that stands for 1: an integer's largest; of float pixels 1, or the brightest if above 1."""
         if self.pixels.dtype.kind in "ui":
             return float(np.iinfo(self.pixels.dtype).max)
-        finite = self.pixels[np.isfinite(self.pixels)]
-        return max(1.0, float(finite.max(initial=1)))
+        return max(float(row.max(where=np.isfinite(row), initial=1)) for row in self.pixels)
 
-    def image(self):
-        """The picture as an image."""
-        return (np.nan_to_num(self.pixels, posinf=0, neginf=0) / self.white).astype(np.float32).clip(0, 1)
+    def image(self, window=np.s_[:]):
+        """The picture, or the part that an index of numpy's names, as an image."""
+        return (np.nan_to_num(self.pixels[window], posinf=0, neginf=0) / self.white).astype(np.float32).clip(0, 1)
 
-    def without(self, light):
-        """The picture less the light taken away (an image), in its own depth; where that is 0, the very same bits."""
-        rest = self.pixels - light.astype(np.float64) * self.white
-        if self.pixels.dtype.kind in "ui":
+    def without(self, light, window=np.s_[:]):
+        """The pixels less the light taken away (an image), in their own depth; where that is 0, the very same bits."""
+        pixels = self.pixels[window]
+        rest = pixels - light.astype(np.float64) * self.white
+        if pixels.dtype.kind in "ui":
             rest = np.rint(rest).clip(0, self.white)
-        return Picture(np.where(light != 0, rest, self.pixels).astype(self.pixels.dtype), self.alpha)
+        return np.where(light != 0, rest, pixels).astype(pixels.dtype)
 
     def gray(self):
         """The luminance (ITU-R BT.601) of a colour picture, as a picture of one channel."""
@@ -561,7 +566,8 @@ def build_nox(width, levels, n_channels):
     """
     filters = [width * min(level + 1, 6) for level in range(levels)]
     starry = keras.Input((None, None, n_channels), name="starry")
-    x = LocalContrast()(starry)
+    exact = {"dtype": "float32"}  # bfloat16 would round the picture itself
+    x = LocalContrast(**exact)(starry)
     skips = []
     for level, count in enumerate(filters):
         kernel = 2 if level else 4
@@ -577,8 +583,9 @@ def build_nox(width, levels, n_channels):
     options = {"kernel_size": 4, "strides": 2, "padding": "same", "kernel_initializer": quiet}
     gate = layers.Conv2DTranspose(n_channels, bias_initializer=keras.initializers.Constant(0.05), **options)(x)
     fill = layers.Conv2DTranspose(n_channels, **options)(x)
-    fill = layers.Add()([fill, local_mean(starry, LocalContrast.SIDES[-1])])  # from the start near the right answer
-    return keras.Model(starry, Gate()([starry, gate, fill]), name="generator")
+    # from the start near the right answer
+    fill = layers.Add(**exact)([fill, local_mean(starry, LocalContrast.SIDES[-1])])
+    return keras.Model(starry, Gate(**exact)([starry, gate, fill]), name="generator")
 
 
 def build_discriminator(n_channels, width=32):
@@ -1010,7 +1017,6 @@ def open_run(folder, architecture):
 def train(architecture, settings):
     """Train, from the last checkpoint if there is one, and write everything into the current folder."""
     keras.utils.set_random_seed(settings.seed)
-    keras.mixed_precision.set_global_policy("mixed_bfloat16" if settings.precision == "bfloat16" else "float32")
     if settings.patch_size % architecture.multiple:
         raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
     pairs, held = split_pairs(find_pairs(settings.data), settings.validation, settings.seed)
@@ -1064,9 +1070,20 @@ def fit(model, data, check, **options):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def tile_starts(length, tile, stride):
-    """Starts of the tiles that cover a length; the last may reach beyond it."""
-    return range(0, max(length - tile, 0) + stride, stride) if length > tile else range(1)
+def tiles_along(length, settings, multiple):
+    """(side of the tiles, their starts, the picture's pixel at each place along them) for one side of a picture.
+
+    As few tiles as the patch size allows share the length evenly. The picture goes on, reflected, for half an overlap
+    at each end and up to a multiple that the network takes: all tiles are of one size and no edge is the picture's.
+    """
+    largest = -(-settings.patch_size // multiple) * multiple
+    overlap = largest - settings.stride
+    count = -(-length // settings.stride)
+    tile = -(-(-(-length // count) + overlap) // multiple) * multiple
+    starts = range(0, count * (tile - overlap), tile - overlap)
+    before = overlap // 2
+    after = starts[-1] + tile - length - before
+    return tile, starts, np.pad(np.arange(length), (before, after), mode="symmetric")
 
 
 def feather(length, starts, tile, overlap):
@@ -1080,40 +1097,50 @@ def feather(length, starts, tile, overlap):
     return np.stack([weight / total[start : start + tile] for weight, start in zip(weights, starts)])
 
 
-def stellar_light(generator, architecture, image, settings, title=None):
-    """The light of the stars in an image, same shape, float32; exactly 0 where the network leaves a pixel alone.
+BAND = 128  # rows that are finished at once, in double precision
 
-    Tiles of one shape run through the network one batch at a time and are blended, feathered, where they overlap. The
-    picture is padded by reflection to whole tiles, so that none is of another shape. title: of the progress bar, or None.
+
+def light_by_rows(generator, architecture, shape, read, settings, title=None):
+    """Yield (slice of rows, light of the stars in them), from the top down; memory holds one row of tiles, not all.
+
+    shape: the picture's. read: the function that gives the image in an index of numpy's. title: of the progress bar, or
+    None. Tiles of one shape run through the network, so it is compiled once, and are blended, feathered.
     """
-    height, width = image.shape[:2]
-    multiple = architecture.multiple
-    margin = min((settings.patch_size - settings.stride) // 2, 64)  # the picture's own edge lies inside a tile
-    sides = [side + 2 * margin for side in (height, width)]
-    largest = -(-settings.patch_size // multiple) * multiple
-    tile = [min(-(-side // multiple) * multiple, largest) for side in sides]
-    overlap = largest - settings.stride
-    starts = [tile_starts(side, t, settings.stride) for side, t in zip(sides, tile)]
-    padded = [s[-1] + t for s, t in zip(starts, tile)]
-    pad = [(margin, p - side - margin) for p, side in zip(padded, (height, width))]
-    image = np.pad(image, (*pad, (0, 0)), mode="symmetric")
-    weights = [feather(p, s, t, overlap) for p, s, t in zip(padded, starts, tile)]
-    light = np.zeros_like(image)
-    places = [(i, j) for i in range(len(starts[0])) for j in range(len(starts[1]))]
-    with tqdm(total=len(places), desc=title, unit="tile", disable=title is None) as bar:
-        for first in range(0, len(places), settings.batch_size):
-            batch = places[first : first + settings.batch_size]
-            windows = [
-                np.s_[starts[0][i] : starts[0][i] + tile[0], starts[1][j] : starts[1][j] + tile[1]] for i, j in batch
-            ]
-            tiles = np.stack([image[window] for window in windows])
-            missing = min(settings.batch_size, len(places)) - len(batch)  # every batch is of the same shape
-            full = np.concatenate([tiles, np.repeat(tiles[-1:], missing, axis=0)])
-            starless = np.asarray(generator.predict_on_batch(full), np.float32)[: len(batch)]
-            for (i, j), window, removed in zip(batch, windows, tiles - starless):
-                light[window] += removed * (weights[0][i][:, None] * weights[1][j])[..., None]
-            bar.update(len(batch))
-    return light[margin : margin + height, margin : margin + width]
+    axes = [tiles_along(side, settings, architecture.multiple) for side in shape[:2]]
+    (high, tops, rows), (wide, lefts, columns) = axes
+    down, across = (feather(len(indices), starts, tile, tile - starts.step) for tile, starts, indices in axes)
+    margin = (high - tops.step) // 2
+    light = np.zeros((high, len(columns), shape[2]), np.float32)  # of the tiles from top on
+    size = min(settings.batch_size, len(lefts))
+    with tqdm(total=len(tops) * len(lefts), desc=title, unit="tile", disable=title is None) as bar:
+        for top, weight in zip(tops, down):
+            waiting = list(zip(lefts, across))
+            while waiting:
+                batch = waiting[:size]
+                tiles = [read(np.ix_(rows[top : top + high], columns[left : left + wide])) for left, _ in batch]
+                full = np.stack(tiles + tiles[-1:] * (size - len(tiles)))  # every batch is of the same shape
+                try:
+                    starless = np.asarray(generator.predict_on_batch(full), np.float32)
+                except Exception as error:  # each backend raises its own
+                    if size == 1 or not re.search("[Oo]ut of memory|OOM|RESOURCE_EXHAUSTED", str(error)):
+                        raise
+                    size //= 2
+                    continue
+                for (left, share), starry, answer in zip(batch, tiles, starless):
+                    light[:, left : left + wide] += (weight[:, None] * share)[..., None] * (starry - answer)
+                del waiting[:size]
+                bar.update(len(batch))
+            end = margin + shape[0] if top == tops[-1] else top + tops.step  # later tiles add nothing above
+            for first in range(max(top, margin), end, BAND):
+                last = min(first + BAND, end)
+                yield np.s_[first - margin : last - margin], light[first - top : last - top, margin:][:, : shape[1]]
+            light = np.concatenate([light[tops.step :], np.zeros_like(light[: tops.step])])
+
+
+def stellar_light(generator, architecture, image, settings):
+    """The light of the stars in an image, same shape, float32; exactly 0 where the network leaves a pixel alone."""
+    bands = light_by_rows(generator, architecture, image.shape, image.__getitem__, settings)
+    return np.concatenate([light for _, light in bands])
 
 
 def weights_for(settings, n_channels):
@@ -1123,14 +1150,17 @@ def weights_for(settings, n_channels):
 
 def remove_stars(picture, settings, title):
     """The picture without its stars, in its own depth and channels."""
-    image = picture.image()
-    weights = weights_for(settings, image.shape[2])
+    shape = picture.pixels.shape
+    weights = weights_for(settings, shape[2])
     generator, architecture = load_generator(weights)
-    if (taken := architecture.n_channels) != (given := image.shape[2]):
+    if (taken := architecture.n_channels) != (given := shape[2]):
         kind = {1: "grayscale", 3: "colour"}
         raise BadInput(f"{weights}: {kind[taken]} weights, but a {kind[given]} picture; see --n-channels {taken}")
-    light = stellar_light(generator, architecture, image, settings, title)
-    return picture.without(light.clip(image - 1, image))  # what remains lies in 0..1
+    pixels = np.empty_like(picture.pixels)
+    for rows, light in light_by_rows(generator, architecture, shape, picture.image, settings, title):
+        image = picture.image(rows)
+        pixels[rows] = picture.without(light.clip(image - 1, image), rows)  # what remains lies in 0..1
+    return Picture(pixels, picture.alpha)
 
 
 def infer(image, output, overwrite, settings):
@@ -1201,6 +1231,7 @@ def collect(cls, values):
 
 def main(values):
     """Run a parsed command; ends with one line for a mistake."""
+    keras.config.set_dtype_policy("mixed_bfloat16" if values.precision == "bfloat16" else "float32")
     try:
         if values.command == "train":
             train(collect(Architecture, values), collect(Training, values))
