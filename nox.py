@@ -106,7 +106,7 @@ class Training:
 @dataclasses.dataclass(frozen=True)
 class Inference:
     patch_size: int = setting(1024, "side of a tile: few tiles, little overlap")
-    stride: int = setting(896, "step between tiles; they overlap, feathered, by the difference")
+    stride: int = setting(960, "step between tiles; they overlap, feathered, by the difference or a little more")
     batch_size: int = setting(1, "tiles at once; more helps GPUs only")
     n_channels: int = setting(0, "1 converts a colour picture to gray first; 0 leaves it as it is", choices=(0, 1, 3))
     weights: str = setting("", "weights file; by default generator_color.h5 or generator_grayscale.h5 beside nox.py")
