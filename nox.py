@@ -1080,7 +1080,7 @@ def tiles_along(length, settings, multiple):
 
     As few tiles as the patch size allows share the length evenly. The picture goes on, reflected, for half an overlap
     at each end and up to a multiple that the network takes: all tiles are of one size and no edge is the picture's.
-    The answer depends on where a pixel lies in the network's grid (measured: by up to 40 steps of 8 bits): the overlap
+    The answer depends on where a pixel lies in the network's grid (measured: by up to 17 steps of 8 bits): the overlap
     is rounded up, so that all tiles lie alike in it.
     """
     largest, grid = round_up(settings.patch_size, multiple), 2 * min(multiple, 32)
