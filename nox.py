@@ -18,6 +18,7 @@ import functools
 import glob
 import io
 import json
+import math
 import os
 import random
 import re
@@ -39,6 +40,9 @@ from pathlib import Path
 def setting(default, text, **options):
     """A dataclass field with its default and the reason or meaning that --help shows."""
     return dataclasses.field(default=default, metadata={"help": text, **options})
+
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +99,20 @@ class Training:
     save_freq: int = setting(1, "epochs between saved weights, plots and sample pictures")
     seed: int = setting(0, "seed of crops, order and split")
     workers: int = setting(2, "threads that read and augment pairs while the network runs")
-    precision: str = setting(
-        "float32", "bfloat16 is faster on GPUs and on CPUs with AMX", choices=("float32", "bfloat16")
-    )
+    precision: str = setting("float32", "bfloat16 is faster on GPUs and on CPUs with AMX", choices=PRECISIONS)
     weights: str = setting("", "weights file to start from; colour weights can start the grayscale network")
 
 
 @dataclasses.dataclass(frozen=True)
 class Inference:
     patch_size: int = setting(1024, "side of a tile: few tiles, little overlap")
-    stride: int = setting(896, "step between tiles; they overlap, feathered, by the difference")
+    stride: int = setting(960, "step between tiles; they overlap, feathered, by the difference or a little more")
     batch_size: int = setting(1, "tiles at once; more helps GPUs only")
     n_channels: int = setting(0, "1 converts a colour picture to gray first; 0 leaves it as it is", choices=(0, 1, 3))
     weights: str = setting("", "weights file; by default generator_color.h5 or generator_grayscale.h5 beside nox.py")
+    precision: str = setting(
+        "float32", "bfloat16 is faster on GPUs and on CPUs with AMX, but rounds bright stars", choices=PRECISIONS
+    )
     data: str = setting("nox data", "folder of pairs for a call without a picture")
     linear: str = setting(
         "auto",
@@ -978,6 +983,14 @@ def write_image(path, image):
     write_picture(path, Picture(np.rint(np.asarray(image).clip(0, 1) * 255).astype(np.uint8)))
 
 
+def resized(image, height, width):
+    """The image at another size: averaged down, interpolated up, where it may leave its range."""
+    if image.shape[:2] == (height, width):
+        return image
+    method = cv2.INTER_AREA if height < len(image) else cv2.INTER_CUBIC
+    return cv2.resize(image, (width, height), interpolation=method).reshape(height, width, -1)
+
+
 def psnr(image, truth):
     """Peak signal-to-noise ratio of two images in dB, at most 100."""
     return float(-10 * np.log10(max(np.mean(np.square(image - truth, dtype=np.float64)), 1e-10)))
@@ -1097,7 +1110,7 @@ class Pairs(keras.utils.PyDataset):
         pair = to_unit(starry[window]), to_unit(starless[window])
         if not self.augment:
             return pair
-        pair = [resized(image, size) for image in pair]
+        pair = [resized(image, size, size).clip(0, 1) for image in pair]
         turns, flip = rng.integers(4), rng.integers(2)
         return [np.rot90(im[:, ::-1] if flip else im, turns) for im in pair]
 
@@ -1106,14 +1119,6 @@ SCALED = 0.3  # share of crops that are taken larger or smaller and resized: oth
 SCALES = -0.6, 1  # binary logarithm of how much larger
 RECOMBINED = 0.2  # share of crops that get another crop's stars
 DIMMED = 0.3  # share of crops that are dimmed or lifted, the channels apart: another colour
-
-
-def resized(image, size):
-    """A square image of another size: averaged down, interpolated up."""
-    if len(image) == size:
-        return image
-    method = cv2.INTER_AREA if len(image) > size else cv2.INTER_CUBIC
-    return cv2.resize(image, (size, size), interpolation=method).reshape(size, size, -1).clip(0, 1)
 
 
 def augmented(rng, starry, starless):
@@ -1241,7 +1246,8 @@ def build_nox(width, levels, n_channels):
     """
     filters = [width * min(level + 1, 6) for level in range(levels)]
     starry = keras.Input((None, None, n_channels), name="starry")
-    x = LocalContrast()(starry)
+    exact = {"dtype": "float32"}  # bfloat16 would round the picture itself
+    x = LocalContrast(**exact)(starry)
     skips = []
     for level, count in enumerate(filters):
         kernel = 2 if level else 4
@@ -1257,8 +1263,9 @@ def build_nox(width, levels, n_channels):
     options = {"kernel_size": 4, "strides": 2, "padding": "same", "kernel_initializer": quiet}
     gate = layers.Conv2DTranspose(n_channels, bias_initializer=keras.initializers.Constant(0.05), **options)(x)
     fill = layers.Conv2DTranspose(n_channels, **options)(x)
-    fill = layers.Add()([fill, local_mean(starry, LocalContrast.SIDES[-1])])  # from the start near the right answer
-    return keras.Model(starry, Gate()([starry, gate, fill]), name="generator")
+    # from the start near the right answer
+    fill = layers.Add(**exact)([fill, local_mean(starry, LocalContrast.SIDES[-1])])
+    return keras.Model(starry, Gate(**exact)([starry, gate, fill]), name="generator")
 
 
 def build_discriminator(n_channels, width=32):
@@ -1271,6 +1278,9 @@ def build_discriminator(n_channels, width=32):
         x = layers.LeakyReLU(negative_slope=0.2)(x)  # (batch, height / 2^(level+1), ..., width * 2^level)
         features.append(x)
     return keras.Model(image, [*features, layers.Conv2D(1, 3, padding="same")(x)], name="discriminator")
+
+
+OUT_OF_MEMORY = re.compile("[Oo]ut of memory|OOM|RESOURCE_EXHAUSTED|DefaultCPUAllocator")  # in the backends' words
 
 
 def first_line(error):
@@ -1713,7 +1723,6 @@ def open_run(folder, architecture, lr):
 def train(architecture, settings):
     """Train, from the last checkpoint if there is one, and write everything into the current folder."""
     keras.utils.set_random_seed(settings.seed)
-    keras.mixed_precision.set_global_policy("mixed_bfloat16" if settings.precision == "bfloat16" else "float32")
     if settings.patch_size % architecture.multiple:
         raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
     pairs, held = split_pairs(find_pairs(settings.data), settings.validation, settings.seed)
@@ -1761,7 +1770,7 @@ def fit(model, data, check, **options):
         steps = {"steps_per_epoch": data.steps, "validation_steps": check and check.steps}
         model.fit(data, validation_data=check, shuffle=False, **steps, **options)
     except Exception as error:
-        if re.search(r"out of memory|OOM|RESOURCE_EXHAUSTED|DefaultCPUAllocator", str(error)):
+        if OUT_OF_MEMORY.search(str(error)):
             raise BadInput("out of memory; lower --batch-size or --patch-size, the last epoch is kept") from None
         raise data.broken or (check and check.broken) or error from None
 
@@ -1771,9 +1780,26 @@ def fit(model, data, check, **options):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def tile_starts(length, tile, stride):
-    """Starts of the tiles that cover a length; the last may reach beyond it."""
-    return range(0, max(length - tile, 0) + stride, stride) if length > tile else range(1)
+def round_up(number, multiple):
+    return math.ceil(number / multiple) * multiple
+
+
+def tiles_along(length, settings, multiple):
+    """(side of the tiles, their starts, the picture's pixel at each place along them) for one side of a picture.
+
+    As few tiles as the patch size allows share the length evenly. The picture goes on, reflected, for half an overlap
+    at each end and up to a multiple that the network takes: all tiles are of one size and no edge is the picture's.
+    The answer depends on where a pixel lies in the network's grid (measured: by up to 17 steps of 8 bits): the overlap
+    is rounded up, so that all tiles lie alike in it.
+    """
+    largest, grid = round_up(settings.patch_size, multiple), 2 * min(multiple, 32)
+    overlap = min(round_up(largest - settings.stride, grid), largest - multiple)
+    count = math.ceil(length / (largest - overlap))
+    tile = round_up(math.ceil(length / count) + overlap, multiple)
+    starts = range(0, count * (tile - overlap), tile - overlap)
+    before = overlap // 2
+    after = starts[-1] + tile - length - before
+    return tile, starts, np.pad(np.arange(length), (before, after), mode="symmetric")
 
 
 def feather(length, starts, tile, overlap):
@@ -1790,37 +1816,34 @@ def feather(length, starts, tile, overlap):
 def stellar_light(generator, architecture, image, settings, title=None):
     """The light of the stars in an image, same shape, float32; exactly 0 where the network leaves a pixel alone.
 
-    Tiles of one shape run through the network one batch at a time and are blended, feathered, where they overlap. The
-    picture is padded by reflection to whole tiles, so that none is of another shape. title: of the progress bar, or None.
+    Tiles of one shape run through the network, so it is compiled once, and are blended, feathered, where they overlap.
+    title: of the progress bar, or None.
     """
-    height, width = image.shape[:2]
-    multiple = architecture.multiple
-    margin = min((settings.patch_size - settings.stride) // 2, 64)  # the picture's own edge lies inside a tile
-    sides = [side + 2 * margin for side in (height, width)]
-    largest = -(-settings.patch_size // multiple) * multiple
-    tile = [min(-(-side // multiple) * multiple, largest) for side in sides]
-    overlap = largest - settings.stride
-    starts = [tile_starts(side, t, settings.stride) for side, t in zip(sides, tile)]
-    padded = [s[-1] + t for s, t in zip(starts, tile)]
-    pad = [(margin, p - side - margin) for p, side in zip(padded, (height, width))]
-    image = np.pad(image, (*pad, (0, 0)), mode="symmetric")
-    weights = [feather(p, s, t, overlap) for p, s, t in zip(padded, starts, tile)]
-    light = np.zeros_like(image)
-    places = [(i, j) for i in range(len(starts[0])) for j in range(len(starts[1]))]
-    with tqdm(total=len(places), desc=title, unit="tile", disable=title is None) as bar:
-        for first in range(0, len(places), settings.batch_size):
-            batch = places[first : first + settings.batch_size]
-            windows = [
-                np.s_[starts[0][i] : starts[0][i] + tile[0], starts[1][j] : starts[1][j] + tile[1]] for i, j in batch
-            ]
-            tiles = np.stack([image[window] for window in windows])
-            missing = min(settings.batch_size, len(places)) - len(batch)  # every batch is of the same shape
-            full = np.concatenate([tiles, np.repeat(tiles[-1:], missing, axis=0)])
-            starless = np.asarray(generator.predict_on_batch(full), np.float32)[: len(batch)]
-            for (i, j), window, removed in zip(batch, windows, tiles - starless):
-                light[window] += removed * (weights[0][i][:, None] * weights[1][j])[..., None]
+    axes = [tiles_along(side, settings, architecture.multiple) for side in image.shape[:2]]
+    (high, tops, rows), (wide, lefts, columns) = axes
+    down, across = (feather(len(indices), starts, tile, tile - starts.step) for tile, starts, indices in axes)
+    light = np.zeros((len(rows), len(columns), image.shape[2]), np.float32)
+    waiting = [(top, left, weight, share) for top, weight in zip(tops, down) for left, share in zip(lefts, across)]
+    size = min(settings.batch_size, len(waiting))
+    with tqdm(total=len(waiting), desc=title, unit="tile", disable=title is None) as bar:
+        while waiting:
+            batch = waiting[:size]
+            tiles = [image[np.ix_(rows[top : top + high], columns[left : left + wide])] for top, left, *_ in batch]
+            full = np.stack(tiles + tiles[-1:] * (size - len(tiles)))  # every batch is of the same shape
+            try:
+                starless = np.asarray(generator.predict_on_batch(full), np.float32)
+            except Exception as error:  # each backend raises its own
+                if size == 1 or not OUT_OF_MEMORY.search(str(error)):
+                    raise
+                size //= 2
+                continue
+            for (top, left, weight, share), starry, answer in zip(batch, tiles, starless):
+                window = np.s_[top : top + high, left : left + wide]
+                light[window] += (weight[:, None] * share)[..., None] * (starry - answer)
+            del waiting[:size]
             bar.update(len(batch))
-    return light[margin : margin + height, margin : margin + width]
+    top, left = ((tile - starts.step) // 2 for tile, starts, _ in axes)  # what was added before the picture
+    return light[top : top + image.shape[0], left : left + image.shape[1]]
 
 
 def weights_for(settings, n_channels):
@@ -1843,20 +1866,14 @@ def starlight(picture, settings, title, load):
     if (taken := architecture.n_channels) != (given := image.shape[2]):
         kind = {1: "grayscale", 3: "colour"}
         raise BadInput(f"{weights}: {kind[taken]} weights, but a {kind[given]} picture; see --n-channels {taken}")
-    seen = resized(image, 2, cv2.INTER_CUBIC).clip(0, 1) if settings.upsample else image
-    light = stellar_light(generator, architecture, seen, settings, title)
-    light = resized(light, 0.5, cv2.INTER_AREA) if settings.upsample else light
+    height, width = image.shape[:2]
+    seen = resized(image, 2 * height, 2 * width).clip(0, 1) if settings.upsample else image
+    light = resized(stellar_light(generator, architecture, seen, settings, title), height, width)
     np.clip(light, image - 1, image, out=light)  # what remains lies in 0..1
     light *= np.float32(settings.strength)
     if picture.alpha is not None:
         light[picture.alpha == 0] = 0
     return light, stretch
-
-
-def resized(image, factor, interpolation):
-    """The image at another size, shape (height, width, channels) even where there is but one."""
-    other = cv2.resize(image, None, fx=factor, fy=factor, interpolation=interpolation)
-    return other.reshape(*other.shape[:2], -1)
 
 
 def star_layer(starry, starless, mode):
@@ -1897,7 +1914,8 @@ PREVIEW_SIDE = 1600
 def preview(starry, starless, stretch):
     """An 8-bit picture of before, left, and after, right, as the network saw them, reduced to fit a screen."""
     factor = min(1, PREVIEW_SIDE / max(starry.pixels.shape[:2]))
-    halves = [resized(picture.image(stretch), factor, cv2.INTER_AREA) for picture in (starry, starless)]
+    height, width = (max(1, round(factor * side)) for side in starry.pixels.shape[:2])
+    halves = [resized(picture.image(stretch), height, width) for picture in (starry, starless)]
     return Picture(np.rint(255 * np.hstack(halves).clip(0, 1)).astype(np.uint8), metadata={"icc": profile(starry)})
 
 
@@ -2079,6 +2097,7 @@ def collect(cls, values):
 
 def main(values):
     """Run a parsed command; ends with one line for a mistake."""
+    keras.config.set_dtype_policy("mixed_bfloat16" if values.precision == "bfloat16" else "float32")
     try:
         if values.command == "train":
             train(collect(Architecture, values), collect(Training, values))
