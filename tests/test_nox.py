@@ -152,7 +152,7 @@ def infer(folder, weights, monkeypatch):
 
     def call(image, *flags, kind="random"):
         monkeypatch.setattr(nox, "weights_for", lambda settings, channels: weights[kind, channels])
-        run("infer", image, "--patch-size", 32, "--stride", 24, *flags)
+        run("infer", image, *flags, "--patch-size", 32, "--stride", 24)
 
     return call
 
