@@ -1249,7 +1249,7 @@ def test_a_pair_that_breaks_during_training_is_named_and_the_last_epoch_kept(dat
 
     monkeypatch.setattr(nox.History, "on_epoch_begin", on_epoch_begin)
     message = mistake("train", "--data", "pairs", *TINY, "--epochs", 3, "--batch-size", 1, "--crops", 12)
-    assert re.fullmatch(r"nox.py: pairs/y\d.png: not a picture that can be read \(PNG, TIFF or JPEG\)", message)
+    assert re.fullmatch(r"nox.py: pairs/y\d.png: not a picture that can be read", message)
     assert pd.read_csv("history.csv")["epoch"].tolist() == [0]
 
 
