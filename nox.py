@@ -590,37 +590,9 @@ NEUTRAL = {338: 0, 274: 1}  # what is alpha, orientation: OpenCV would multiply 
 EXIF_FOLDERS = 34665, 34853  # EXIF and GPS: tags whose value is a list of tags
 EXIF_TAGS = 271, 272, 274, 305, 306, 315, 33432  # maker, model, orientation, software, date, artist, copyright
 # what says how the pixels lie in the file, which the writer decides, and what is kept under another name
-TIFF_STRUCTURE = {
-    *range(254, 260),
-    262,
-    266,
-    273,
-    *range(277, 282),
-    284,
-    288,
-    289,
-    292,
-    293,
-    317,
-    320,
-    *range(322, 326),
-}
-TIFF_STRUCTURE |= {
-    282,
-    283,
-    296,
-    330,
-    338,
-    339,
-    340,
-    341,
-    347,
-    *range(512, 522),
-    *range(529, 533),
-    TIFF_XMP,
-    TIFF_ICC,
-    *EXIF_FOLDERS,
-}
+TIFF_STRUCTURE = {*range(254, 260), 262, 266, 273, *range(277, 285), 288, 289, 292, 293, 296, 317, 320}
+TIFF_STRUCTURE |= {*range(322, 326), 330, *range(338, 342), 347, *range(512, 522), *range(529, 533)}
+TIFF_STRUCTURE |= {TIFF_XMP, TIFF_ICC, *EXIF_FOLDERS}
 
 
 def read_tiff(path, _):
@@ -749,12 +721,8 @@ def add_exif_folders(path, folders):
 
 # -- FITS: the first row is the lowest, unless ROWORDER says otherwise
 
-OTHER_SIGN = {
-    8: -128,
-    16: 2**15,
-    32: 2**31,
-    64: 2**63,
-}  # BZERO by BITPIX: how FITS stores signed bytes, unsigned others
+# BZERO by BITPIX: how FITS stores signed bytes and other unsigned integers
+OTHER_SIGN = {8: -128, 16: 2**15, 32: 2**31, 64: 2**63}
 
 
 def read_fits(path, number):
