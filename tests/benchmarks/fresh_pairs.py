@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -42,17 +42,22 @@ def report(pairs, values):
     generator, architecture = nox.load_generator(nox.weights_for(settings, channels))
     rows = []
     for paths in pairs:
-        starry, truth = (nox.to_unit(pixels)[..., :channels] for pixels in nox.read_pair(paths, channels))
-        light = nox.stellar_light(generator, architecture, starry, settings)
-        starless = starry - light.clip(starry - 1, starry)
-        rows.append((nox.psnr(starry, truth), nox.psnr(starless, truth)))
-    before, after = np.array(rows).T
-    gain = after - before
+        starry, truth = (nox.Picture(pixels[..., :channels]) for pixels in nox.read_pair(paths, channels))
+        light = nox.stellar_light(generator, architecture, starry.image(), settings)
+        starless = starry.without(light)  # in 8 bits, as nox.py infer writes it
+        images = (picture.image() for picture in (starry, starless))
+        rows.append((paths[0].name, *(nox.psnr(image, truth.image()) for image in images)))
+    table = pd.DataFrame(rows, columns=["pair", "before", "after"]).set_index("pair")
+    table["gain"] = table["after"] - table["before"]
+    starless = table["before"] == 100  # both pictures are the same
+    stars, none = table[~starless], table[starless]
     print(
-        f"{len(rows)} pairs: PSNR {before.mean():.2f} dB before, {after.mean():.2f} dB after; mean gain {gain.mean():.2f} dB"
+        f"{len(stars)} pairs: PSNR {stars['before'].mean():.2f} dB before, {stars['after'].mean():.2f} dB after; "
+        f"gain in the mean {stars['gain'].mean():.2f} dB, in the median {stars['gain'].median():.2f} dB"
     )
-    print(f"median gain {np.median(gain):.2f} dB; smallest {gain.min():.2f} dB ({pairs[gain.argmin()][0].name})")
-    print(f"pairs made worse by more than 0.5 dB: {(gain < -0.5).sum()}")
+    worse = stars["gain"][stars["gain"] < -0.5].sort_values()
+    print(f"made worse by more than 0.5 dB: {len(worse)} {worse.round(2).to_dict() or ''}")
+    print(f"{len(none)} pairs without a star: PSNR after {none['after'].round(1).tolist()} dB, 100 is unchanged")
 
 
 if __name__ == "__main__":
