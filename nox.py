@@ -972,6 +972,10 @@ def psnr(image, truth):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def round_up(number, multiple):
+    return math.ceil(number / multiple) * multiple
+
+
 PAIR_FILES = (".png", ".tif", ".tiff")
 
 
@@ -1040,8 +1044,10 @@ class Pairs(keras.utils.PyDataset):
 
     num_batches = None  # endless, to Keras
 
-    def __init__(self, pairs, settings, n_channels, augment):
+    def __init__(self, pairs, settings, n_channels, augment, devices=1):
+        """devices: each batch is a multiple of these; some crops of the last of an epoch come twice."""
         super().__init__(workers=settings.workers, max_queue_size=8)
+        self.devices = devices
         self.pairs, self.settings, self.n_channels, self.augment = pairs, settings, n_channels, augment
         self.crops = settings.crops if augment else 1
         self.steps = -(-len(pairs) * self.crops // settings.batch_size)
@@ -1055,6 +1061,7 @@ class Pairs(keras.utils.PyDataset):
             order = np.random.default_rng([seed, epoch]).permutation(len(self.pairs))
             jobs = [pair for pair in order for _ in range(self.crops)]
         jobs = jobs[step * self.settings.batch_size : (step + 1) * self.settings.batch_size]
+        jobs = (jobs * self.devices)[: round_up(len(jobs), self.devices)]
         rng = np.random.default_rng([seed, epoch, step])
         try:
             read = {job: read_pair(self.pairs[job], self.n_channels) for job in dict.fromkeys(jobs)}
@@ -1329,9 +1336,10 @@ class Nox(keras.Model):
     TERMS = ("generator", "l1", "features", "adversarial", "discriminator", "vgg")
     QUALITIES = ("psnr", "psnr_stars", "psnr_background", "ssim")
 
-    def __init__(self, architecture, settings):
+    def __init__(self, architecture, settings, losses=1):
+        """losses: how many, each of a part of the batch, are added up (see all_devices)."""
         super().__init__(name="nox")
-        self.settings = settings
+        self.settings, self.losses_added = settings, losses
         self.generator = build_generator(architecture)
         self.discriminator = build_discriminator(architecture.n_channels)
         self.vgg = build_vgg(settings.vgg_weights, architecture.n_channels) if settings.vgg_weight else None
@@ -1379,9 +1387,9 @@ class Nox(keras.Model):
         for name, value in {"generator": generator, **terms, **qualities(x, y, starless)}.items():
             self.trackers[name].update_state(value)
         if self.adversarial:
-            return generator + terms["discriminator"]
+            return (generator + terms["discriminator"]) / self.losses_added
         # every weight needs a gradient, if only of zero, on all backends
-        return generator + 0.0 * sum(ops.sum(v) for v in self.discriminator.trainable_variables)
+        return generator / self.losses_added + 0.0 * sum(ops.sum(v) for v in self.discriminator.trainable_variables)
 
 
 class TwoRateAdam(keras.optimizers.Adam):
@@ -1534,7 +1542,7 @@ class History(keras.callbacks.Callback):
             reason = f"the loss of epoch {epoch + 1} is {logs['generator']}"
             raise BadInput(f"{reason}; the epoch before is kept, try a lower --lr")
         row, past = {"epoch": epoch, **logs}, self.comparable(epoch)
-        row["learning_rate"] = float(self.model.optimizer.learning_rate)
+        row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         for name in (name for name in self.SMOOTHED if name in logs):
             averages = past[f"ema_{name}"].dropna() if f"ema_{name}" in past else past["epoch"][:0]
             total = (1 - self.keep ** len(averages)) * (averages.iloc[-1] if len(averages) else 0)
@@ -1554,7 +1562,7 @@ class Plateau(keras.callbacks.ReduceLROnPlateau):
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        rate = float(self.model.optimizer.learning_rate)
+        rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         for row in self.history.comparable().to_dict("records"):
             if not np.isnan(row.get(self.monitor, np.nan)):
                 super().on_epoch_end(row["epoch"], row)
@@ -1692,17 +1700,49 @@ def open_run(folder, architecture, lr):
     return run
 
 
+@contextlib.contextmanager
+def all_devices():
+    """Within, all GPUs of this machine, or of the machines in TF_CONFIG, share each batch; yields how many losses.
+
+    TensorFlow adds up the gradients of a loss for each device, JAX has one loss for the whole batch; torch trains on
+    one device. Where a machine has no GPU, its CPU is one device unless it has been divided into several.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        several = "TF_CONFIG" in os.environ
+        if several or len(devices) > 1:
+            names = [device.name for device in devices]
+            kind = tf.distribute.MultiWorkerMirroredStrategy if several else tf.distribute.MirroredStrategy
+            strategy = kind() if several else kind(names)
+            with strategy.scope():
+                yield strategy.num_replicas_in_sync
+            return
+    elif keras.backend.backend() == "jax" and len(devices := keras.distribution.list_devices()) > 1:
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+    yield 1
+
+
 def train(architecture, settings):
     """Train, from the last checkpoint if there is one, and write everything into the current folder."""
+    with all_devices() as losses:
+        if settings.batch_size % losses:
+            raise BadInput(f"--batch-size {settings.batch_size}: must be a multiple of the {losses} devices")
+        train_within(architecture, settings, losses)
+
+
+def train_within(architecture, settings, losses):
+    """Train on the devices at hand; losses: over how many a batch is spread."""
     keras.utils.set_random_seed(settings.seed)
     if settings.patch_size % architecture.multiple:
         raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
     pairs, held = split_pairs(find_pairs(settings.data), settings.validation, settings.seed)
-    data = Pairs(pairs, settings, architecture.n_channels, augment=True)
-    check = Pairs(held, settings, architecture.n_channels, augment=False) if held else None
+    data = Pairs(pairs, settings, architecture.n_channels, augment=True, devices=losses)
+    check = Pairs(held, settings, architecture.n_channels, augment=False, devices=losses) if held else None
     for some in filter(None, (data, check)):
         some[0]  # names a pair that cannot be used before anything starts
-    model = Nox(architecture, settings)
+    model = Nox(architecture, settings, losses)
     folder = Path("checkpoint") / Path(architecture.weights_name).stem
     if settings.weights and not (folder / "run.json").exists():
         start_from(model.generator, architecture, settings.weights)
@@ -1750,10 +1790,6 @@ def fit(model, data, check, **options):
 # --------------------------------------------------------------------------------------------------------------------
 # Infer
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def round_up(number, multiple):
-    return math.ceil(number / multiple) * multiple
 
 
 def tiles_along(length, settings, multiple):
