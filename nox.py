@@ -1576,9 +1576,10 @@ class Checkpoint(keras.callbacks.Callback):
     resumes. Keras's BackupAndRestore writes in place and keeps the epoch in a second file.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, record=None):
+        """record: what is to be said of the run in run.json from its next state on."""
         super().__init__()
-        self.folder = folder
+        self.folder, self.record = folder, record
 
     def files(self):
         """{epoch: file} of the complete states."""
@@ -1603,6 +1604,7 @@ class Checkpoint(keras.callbacks.Callback):
         temporary = self.folder / "writing.weights.h5"
         self.model.save_weights(temporary, overwrite=True)
         os.replace(temporary, self.folder / f"epoch{epoch + 1}.weights.h5")
+        write_bytes(self.folder / "run.json", json.dumps(self.record).encode())
         for file in earlier:
             if file.name != f"epoch{epoch + 1}.weights.h5":
                 file.unlink(missing_ok=True)
@@ -1672,7 +1674,7 @@ def set_aside(path):
 def open_run(folder, architecture, lr):
     """The record {id, architecture, lr} of the run whose checkpoint is in the folder, a new one if there is none.
 
-    Clears the way for its files; lr: the learning rate asked for now.
+    Clears the way for its files. lr: the learning rate asked for; the record has the one asked for at its last state.
     """
     record = folder / "run.json"
     run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture), "lr": lr}
@@ -1696,7 +1698,8 @@ def open_run(folder, architecture, lr):
     if fresh and Path("history.csv").exists():
         set_aside("history.csv")
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(record, json.dumps(run | {"lr": lr}).encode())
+    if fresh:
+        write_bytes(record, json.dumps(run).encode())
     return run
 
 
@@ -1753,7 +1756,7 @@ def train_within(architecture, settings, losses):
         global_clipnorm=settings.clip or None, beta_2=0.999,
         use_ema=settings.weight_ema > 0, ema_momentum=settings.weight_ema or 0.99,
     )  # fmt: skip
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, run | {"lr": settings.lr})
     model.compile(optimizer=optimizer, jit_compile=False)
     optimizer.build(model.trainable_variables)  # now, or TensorFlow traces the first step twice
     start = checkpoint.restore(model)

@@ -142,9 +142,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-load_once = functools.cache(nox.load_generator)
-
-
 @pytest.fixture
 def infer(folder, weights, monkeypatch):
     """infer(file, *flags, kind=...): run infer in an empty folder with tiny weights, loaded once for all tests."""
@@ -1397,10 +1394,12 @@ def test_another_backend_gives_the_same_picture(backend, folder):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("i", range(5))
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_shipped_weights_take_the_stars_of_the_shipped_pairs(i, channels, folder):
-    generator, architecture = load_once(ROOT / nox.weights_name(channels))
-    paths = [ROOT / "nox data" / f"{letter}{i}.png" for letter in "xy"]
-    before, after = nox.show_pair(generator, architecture, paths, nox.Inference())
-    assert after > before + 3
+def test_the_shipped_weights_take_the_stars_of_the_shipped_pairs(channels, folder):
+    generator, architecture = nox.load_generator(ROOT / nox.weights_name(channels))
+    gains = []
+    for i in range(5):
+        paths = [ROOT / "nox data" / f"{letter}{i}.png" for letter in "xy"]
+        before, after = nox.show_pair(generator, architecture, paths, nox.Inference())
+        gains.append(after - before)
+    assert np.mean(gains) > 3 and min(gains) > -0.5  # dB
