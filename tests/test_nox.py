@@ -142,6 +142,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+load_once = functools.cache(nox.load_generator)
+
+
 @pytest.fixture
 def infer(folder, weights, monkeypatch):
     """infer(file, *flags, kind=...): run infer in an empty folder with tiny weights, loaded once for all tests."""
