@@ -1166,7 +1166,8 @@ def test_another_learning_rate_takes_effect_when_a_run_goes_on(whole, data, tmp_
         run("train", "--data", data, *RUN, "--epochs", 11, "--lr", 1e-5)
         rates = pd.read_csv("history.csv")["learning_rate"].tolist()
     assert rates[8] in (rates[7], rates[7] / 2)
-    assert rates[9:] == pytest.approx([1e-5, 1e-5])
+    assert rates[9] == pytest.approx(1e-5)
+    assert rates[10] in (rates[9], rates[9] / 2)  # a plateau may have come
 
 
 def test_an_interruption_ends_with_one_line_that_says_how_to_go_on(resumed):
