@@ -1344,7 +1344,7 @@ nox.main(nox.parse_arguments(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+@pytest.mark.parametrize("backend", ["tensorflow"])
 def test_two_devices_learn_what_one_does(backend, data, tmp_path):
     if backend == "jax":
         pytest.importorskip("jax")
