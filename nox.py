@@ -1760,7 +1760,7 @@ def train_within(architecture, settings, losses):
     model.compile(optimizer=optimizer, jit_compile=False)
     optimizer.build(model.trainable_variables)  # now, or TensorFlow traces the first step twice
     start = checkpoint.restore(model)
-    if run["lr"] != settings.lr:  # another one than before is meant; the same one leaves what the plateaus made of it
+    if run.get("lr", settings.lr) != settings.lr:  # another one is meant; the same leaves what the plateaus made of it
         optimizer.learning_rate = settings.lr
     history = History(folder / "history.csv", Path("history.csv"), settings.ema, data.steps, start)
     monitor = "ema_val_generator" if held else "ema_generator"
