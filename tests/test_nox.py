@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import nox  # noqa: E402
-from nox import keras  # noqa: E402
+from nox import keras, ops  # noqa: E402
 
 TINY = ["--width", "4", "--levels", "2", "--patch-size", "32", "--batch-size", "4", "--crops", "4", "--lr", "3e-3",
         "--warmup", "2", "--workers", "1"]  # fmt: skip
@@ -786,6 +786,29 @@ def test_the_learning_rate_falls_at_the_same_epochs_when_a_run_is_interrupted_at
     assert rates("interrupted", True) == whole
 
 
+@pytest.mark.parametrize("shape", [(90, 20), (20, 90), (16, 16)])
+def test_orthogonalizing_keeps_the_singular_vectors_and_evens_the_values(shape):
+    left, _, right = np.linalg.svd(np.random.default_rng(1).normal(size=shape), full_matrices=False)
+    matrix = (left * np.geomspace(1, 30, min(shape))) @ right
+    turned = ops.convert_to_numpy(nox.orthogonalized(ops.convert_to_tensor(matrix.astype(np.float32))))
+    values = left.T @ turned @ right.T
+    assert np.abs(values - np.diag(np.diag(values))).max() < 0.01
+    assert np.diag(values).min() > 0.6 and np.diag(values).max() < 1.3
+
+
+def test_the_first_step_moves_kernels_by_muon_the_rest_by_adam_and_the_discriminator_by_a_quarter():
+    kernel, head, bias, slow = (
+        keras.Variable(np.zeros(s, np.float32)) for s in ((3, 3, 16, 32), (4, 4, 3, 32), (32,), (32,))
+    )
+    optimizer = nox.Muon(slow=[slow], learning_rate=0.01)
+    rng = np.random.default_rng(0)
+    gradients = [ops.convert_to_tensor(rng.normal(size=v.shape).astype(np.float32)) for v in (kernel, head, bias, slow)]
+    optimizer.apply(gradients, [kernel, head, bias, slow])
+    moved = [np.sqrt(np.mean(ops.convert_to_numpy(v) ** 2)) for v in (kernel, head, bias, slow)]
+    np.testing.assert_allclose(moved[1:], [0.01, 0.01, 0.0025], rtol=1e-3)  # Adam's first step is the learning rate
+    assert 0.7 * 0.2 * 0.01 < moved[0] < 1.2 * 0.2 * 0.01
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Pairs
 # --------------------------------------------------------------------------------------------------------------------
@@ -1128,7 +1151,7 @@ def test_saved_weights_are_the_average_not_the_last_step(whole, data):
     folder, _ = whole
     saved = nox.load_generator(folder / "generator_color.h5")[0]
     model, settings = nox.Nox(ARCHITECTURE, nox.Training()), nox.Training()
-    optimizer = nox.TwoRateAdam(learning_rate=settings.lr, beta_2=0.99, use_ema=True, ema_momentum=settings.weight_ema)
+    optimizer = nox.Muon(learning_rate=settings.lr, beta_2=0.99, use_ema=True, ema_momentum=settings.weight_ema)
     model.compile(optimizer=optimizer)
     optimizer.build(model.trainable_variables)
     nox.Checkpoint(folder / "checkpoint" / "generator_color").restore(model)
@@ -1383,7 +1406,7 @@ def test_an_epoch_on_another_backend(backend, data, folder):
 @pytest.mark.parametrize("backend", ["torch", "jax", "openvino"])
 def test_another_backend_gives_the_same_picture(backend, folder):
     pytest.importorskip(backend)
-    crop = read(ROOT / "nox data" / "x3.png")[:150, :200].astype(np.uint16) * 257
+    crop = read(ROOT / "nox data" / "x0.png")[:150, :200].astype(np.uint16) * 257
     source, flags = write("in.png", crop), ["--patch-size", 128, "--stride", 96]
     result = shell("infer", source, *flags, "-o", "other.png", KERAS_BACKEND=backend, timeout=600)
     assert result.returncode == 0, result.stderr
