@@ -86,6 +86,7 @@ class Training:
     warmup: int = setting(200, "steps over which the learning rate rises from nothing")
     l1_weight: float = setting(1.0, "weight of the absolute error, relative to that of changing nothing")
     star_weight: float = setting(5.0, "how much more star pixels count in it, faint ones the most")
+    fill_weight: float = setting(5.0, "weight of the fill's squared error: where the gate errs, no hole shall show")
     adversarial_from: int = setting(80, "epoch that brings in the discriminator; before, it costs nothing")
     adversarial_weight: float = setting(0.005, "weight of fooling the discriminator")
     feature_weight: float = setting(0.2, "weight of matching the discriminator's features")
@@ -190,7 +191,10 @@ def check_arguments(parser, values):
     """End with one line for a number out of range."""
     at_least = dict(patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, crops=1, save_freq=1, workers=1)
     at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0, seed=0, clip=0)
-    at_least |= {name: 0 for name in ("l1_weight", "star_weight", "adversarial_weight", "feature_weight", "vgg_weight")}
+    at_least |= {
+        name: 0
+        for name in ("l1_weight", "star_weight", "fill_weight", "adversarial_weight", "feature_weight", "vgg_weight")
+    }
     for name, least in at_least.items():
         if not least <= getattr(values, name, least) < 2**31:  # nor not-a-number
             parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2^31")
@@ -1242,7 +1246,7 @@ def build_nox(width, levels, n_channels):
     gate = layers.Conv2DTranspose(n_channels, bias_initializer=keras.initializers.Constant(0.05), **options)(x)
     fill = layers.Conv2DTranspose(n_channels, **options)(x)
     # from the start near the right answer
-    fill = layers.Add(**exact)([fill, local_mean(starry, LocalContrast.SIDES[-1])])
+    fill = layers.Add(name="fill", **exact)([fill, local_mean(starry, LocalContrast.SIDES[-1])])
     return keras.Model(starry, Gate(**exact)([starry, gate, fill]), name="generator")
 
 
@@ -1333,7 +1337,7 @@ def cross_entropy(logits, real):
 class Nox(keras.Model):
     """Generator and discriminator with every term of the loss in compute_loss, for training and validation alike."""
 
-    TERMS = ("generator", "l1", "features", "adversarial", "discriminator", "vgg")
+    TERMS = ("generator", "l1", "fill", "features", "adversarial", "discriminator", "vgg")
     QUALITIES = ("psnr", "psnr_stars", "psnr_background", "ssim")
 
     def __init__(self, architecture, settings, losses=1):
@@ -1341,6 +1345,8 @@ class Nox(keras.Model):
         super().__init__(name="nox")
         self.settings, self.losses_added = settings, losses
         self.generator = build_generator(architecture)
+        fills = [layer.output for layer in self.generator.layers if layer.name == "fill"]
+        self.seen = keras.Model(self.generator.input, [self.generator.output, *fills])
         self.discriminator = build_discriminator(architecture.n_channels)
         self.vgg = build_vgg(settings.vgg_weights, architecture.n_channels) if settings.vgg_weight else None
         self.adversarial = False  # whether the discriminator has come in
@@ -1351,17 +1357,25 @@ class Nox(keras.Model):
         self.built = True  # the networks come built
 
     def call(self, starry, training=None):
-        return self.generator(starry, training=training)
+        """[starless], from the gated network [starless, fill]."""
+        return self.seen(starry, training=training)
 
     @property
     def metrics(self):
         idle = () if self.adversarial else ("features", "adversarial", "discriminator")
         idle += () if self.vgg else ("vgg",)
+        idle += () if len(self.seen.outputs) > 1 else ("fill",)
         return [tracker for name, tracker in self.trackers.items() if name not in idle]
 
-    def losses_of(self, starry, truth, starless):
-        """Each term by name, unweighted."""
+    def losses_of(self, starry, truth, starless, fill=None):
+        """Each term by name, unweighted.
+
+        That of the fill holds everywhere, also where the gate is shut and nothing else would: a gate that opens on the
+        core of a galaxy then puts there what was there, more or less, and not a hole.
+        """
         terms = {"l1": relative_l1(starry, truth, starless, self.settings.star_weight)}
+        if fill is not None:
+            terms["fill"] = ops.mean(ops.square(fill - truth))
         if self.adversarial:
             *fake, fake_logits = frozen(self.discriminator, starless)
             *real, _ = frozen(self.discriminator, truth)
@@ -1375,16 +1389,17 @@ class Nox(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The scalar both networks descend; each sees only its own part of it (see frozen)."""
-        s, terms = self.settings, self.losses_of(x, y, ops.cast(y_pred, "float32"))
+        starless, *fill = (ops.cast(image, "float32") for image in y_pred)
+        s, terms = self.settings, self.losses_of(x, y, starless, *fill)
         weights = {
             "l1": s.l1_weight,
+            "fill": s.fill_weight,
             "features": s.feature_weight,
             "adversarial": s.adversarial_weight,
             "vgg": s.vgg_weight,
         }
         generator = sum(weights[name] * value for name, value in terms.items() if name in weights) + sum(self.losses)
-        starless = ops.stop_gradient(ops.cast(y_pred, "float32"))
-        for name, value in {"generator": generator, **terms, **qualities(x, y, starless)}.items():
+        for name, value in {"generator": generator, **terms, **qualities(x, y, ops.stop_gradient(starless))}.items():
             self.trackers[name].update_state(value)
         if self.adversarial:
             return (generator + terms["discriminator"]) / self.losses_added
@@ -1424,11 +1439,11 @@ class Muon(keras.optimizers.Adam):
 
     def __init__(self, slow=(), warmup=0, **options):
         super().__init__(**options)
-        self.slow, self.warmup = slow, warmup
+        self.slow, self.warmup = {id(v) for v in slow}, warmup
 
     def build(self, variables):
         super().build(variables)
-        self.slow_indices = {self._get_variable_index(v) for v in self.slow}
+        self.slow_indices = {self._get_variable_index(v) for v in variables if id(v) in self.slow}
 
     def update_step(self, gradient, variable, learning_rate):
         if self.warmup:

@@ -639,11 +639,36 @@ def test_a_fill_behind_a_shut_gate_is_pulled_back_when_it_runs_away():
     model = nox.Nox(ARCHITECTURE, nox.Training())
     x, y = batch(1, 16, 16, 3), batch(1, 16, 16, 3, seed=1)
     gate = gate_layer(model.generator)
-    assert float(model.compute_loss(x, y, model(x))) == pytest.approx(float(model.losses_of(x, y, model(x))["l1"]))
+    l1, fill = (float(model.losses_of(x, y, *model(x))[name]) for name in ("l1", "fill"))
+    assert float(model.compute_loss(x, y, model(x))) == pytest.approx(l1 + 5 * fill)
     kernel, bias = gate.get_weights()
     gate.set_weights([0 * kernel, bias - 4])  # 3.95 below 0, that is 2.95 below -1
     loss = float(model.compute_loss(x, y, model(x)))
-    assert loss == pytest.approx(float(model.losses_of(x, y, x)["l1"]) + 2.95**2, rel=1e-4)
+    assert loss == pytest.approx(float(model.losses_of(x, y, x)["l1"]) + 5 * fill + 2.95**2, rel=1e-4)
+
+
+def test_the_fill_learns_the_truth_behind_a_shut_gate_too():
+    model = nox.Nox(ARCHITECTURE, nox.Training())
+    gate = gate_layer(model.generator)
+    shut = [np.zeros(gate.kernel.shape), np.full(3, -0.5)]
+    x, y = batch(1, 16, 16, 3), batch(1, 16, 16, 3, seed=1)
+    model.compile(optimizer=nox.Muon(learning_rate=0.01))
+    errors = []
+    for _ in range(12):
+        gate.set_weights(shut)
+        starless, fill = (np.array(ops.convert_to_numpy(image)) for image in model(x))
+        np.testing.assert_array_equal(starless, x)
+        errors.append(np.square(fill - y).mean())
+        assert float(model.losses_of(x, y, starless, fill)["fill"]) == pytest.approx(errors[-1], rel=1e-4)
+        model.train_on_batch(x, y)
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_a_network_without_a_fill_has_no_term_for_it():
+    model = nox.Nox(nox.Architecture(network="starnet", width=4, levels=2), nox.Training())
+    x, y = batch(1, 16, 16, 3), batch(1, 16, 16, 3, seed=1)
+    assert list(model.losses_of(x, y, *model(x))) == ["l1"]
+    assert "fill" not in [metric.name for metric in model.metrics]
 
 
 def test_qualities(tmp_path):
@@ -687,7 +712,7 @@ def test_the_vgg_term_is_the_distance_of_features_as_keras_prepares_them(tmp_pat
         expected = np.abs(features(prepared[0]) - features(prepared[1])).mean()
         assert float(model.losses_of(a, b, a)["vgg"]) == pytest.approx(expected, rel=1e-4)
         without = float(model.losses_of(a, b, a)["l1"])
-        assert float(model.compute_loss(a, b, a)) == pytest.approx(without + 0.5 * expected, rel=1e-4)
+        assert float(model.compute_loss(a, b, [a])) == pytest.approx(without + 0.5 * expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["missing", "foreign"])
@@ -707,10 +732,10 @@ def test_each_network_learns_from_its_own_terms_alone():
     x, y = batch(2, 32, 32, 3), batch(2, 32, 32, 3, seed=1)
     ours, theirs = model.generator.trainable_variables, model.discriminator.trainable_variables
     with tf.GradientTape(persistent=True) as tape:
-        starless = model.generator(x)
-        terms = model.losses_of(x, y, starless)
-        total = model.compute_loss(x, y, starless)
-        generators = terms["l1"] + 0.2 * terms["features"] + 0.005 * terms["adversarial"]
+        images = model(x)
+        terms = model.losses_of(x, y, *images)
+        total = model.compute_loss(x, y, images)
+        generators = terms["l1"] + 5 * terms["fill"] + 0.2 * terms["features"] + 0.005 * terms["adversarial"]
 
     def steps(loss, variables):
         return [0 * v if g is None else g for g, v in zip(tape.gradient(loss, variables), variables)]
@@ -1125,7 +1150,7 @@ def test_training_leaves_history_plot_pictures_and_weights(whole):
 def test_history_has_each_epoch_once_with_every_term(whole):
     table = pd.read_csv(whole[0] / "history.csv")
     assert table["epoch"].tolist() == list(range(8))
-    for name in "generator", "l1", "psnr", "ema_generator", "ema_psnr":
+    for name in "generator", "l1", "fill", "psnr", "ema_generator", "ema_psnr":
         assert np.isfinite(table[name]).all() and np.isfinite(table[name.replace("ema_", "ema_val_")]).all()
     for name in "discriminator", "features", "adversarial", "val_discriminator":
         assert table[name].notna().tolist() == [False] * 5 + [True] * 3
@@ -1133,7 +1158,7 @@ def test_history_has_each_epoch_once_with_every_term(whole):
 
 def test_the_reported_loss_is_the_weighted_sum_of_its_terms(whole):
     table = pd.read_csv(whole[0] / "history.csv").fillna(0)
-    expected = table["l1"] + 0.2 * table["features"] + 0.005 * table["adversarial"]
+    expected = table["l1"] + 5 * table["fill"] + 0.2 * table["features"] + 0.005 * table["adversarial"]
     np.testing.assert_allclose(table["generator"], expected, rtol=1e-4)
 
 
