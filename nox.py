@@ -1317,15 +1317,18 @@ def masked_psnr(starless, truth, mask):
     return -10 * ops.log10(ops.maximum(error, 1e-10))
 
 
-def qualities(starry, truth, starless):
-    """What is reported but not trained for: PSNR in dB of whole images, of star pixels and of the others, and SSIM."""
+def qualities(starry, truth, starless, compared=None):
+    """What is reported but not trained for: PSNR in dB of whole images, of star pixels and of the others, and SSIM.
+
+    compared: of how many images the SSIM is taken; that of all is a tenth of a training step (measured).
+    """
     stars = ops.cast(ops.any(starry != truth, axis=-1, keepdims=True), "float32")
     each = ops.mean(ops.square(starless - truth), axis=(1, 2, 3))
     return {
         "psnr": ops.mean(-10 * ops.log10(ops.maximum(each, 1e-10))),
         "psnr_stars": masked_psnr(starless, truth, stars),
         "psnr_background": masked_psnr(starless, truth, 1 - stars),
-        "ssim": ops.mean(ops.image.ssim(starless, truth)),
+        "ssim": ops.mean(ops.image.ssim(starless[:compared], truth[:compared])),
     }
 
 
@@ -1399,7 +1402,8 @@ class Nox(keras.Model):
             "vgg": s.vgg_weight,
         }
         generator = sum(weights[name] * value for name, value in terms.items() if name in weights) + sum(self.losses)
-        for name, value in {"generator": generator, **terms, **qualities(x, y, ops.stop_gradient(starless))}.items():
+        found = qualities(x, y, ops.stop_gradient(starless), compared=1 if training else None)
+        for name, value in {"generator": generator, **terms, **found}.items():
             self.trackers[name].update_state(value)
         if self.adversarial:
             return (generator + terms["discriminator"]) / self.losses_added

@@ -1,0 +1,112 @@
+"""What the weights reach on fresh pairs of each class: PSNR within the stars, and recall by magnitude.
+
+    python tests/benchmarks/classes.py [--pairs 300] [--size 256] [--seed 98] [--only NAME ...] [--weights FILE]
+
+A class is GenerateStars.py with some of its ranges narrowed, on painted skies. Magnitudes count from a star whose middle
+is just saturated: above 0 is fainter. A star is found when less than half of its light is left in the 3 x 3 pixels
+around it; those whose light there is below 2/255 are not counted.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import GenerateStars as gs  # noqa: E402
+import nox  # noqa: E402
+from nox import ops  # noqa: E402
+
+SHARP = {"FWHM_LARGE_CHANCE": 0}
+CLASSES = {  # name: ranges in place of GenerateStars.py's
+    "colour": {"MONO_CHANCE": 0},
+    "mono": {"color": False},
+    "noise low": {"NOISELESS_CHANCE": 0, "NOISE": gs.Range(0.0006, 0.003, True)},
+    "noise middle": {"NOISELESS_CHANCE": 0, "NOISE": gs.Range(0.003, 0.01, True)},
+    "noise high": {"NOISELESS_CHANCE": 0, "NOISE": gs.Range(0.01, 0.025, True)},
+    "FWHM 1.2-2": SHARP | {"FWHM": gs.Range(1.2, 2)},
+    "FWHM 2-4": SHARP | {"FWHM": gs.Range(2, 4)},
+    "FWHM 4-8": SHARP | {"FWHM": gs.Range(4, 8)},
+    "without spikes": {"SPIKE_CHANCE": 0},
+    "with spikes": {"SPIKE_CHANCE": 1},
+    "linear": {"linear": True},
+    "stretched": {},
+}
+MAGNITUDES = {"saturated": -np.inf, "0-2": 0, "2-4": 2, "4-6": 4, "above 6": 6}  # from which on
+
+
+def as_linear(starry, starless, rng):
+    """Both images as nox.py infer shows the network linear data of 16 bits: stretched by its own measure."""
+    midtones = gs.Range(0.003, 0.05, True)(rng)
+    linear = [np.rint(65535 * nox.midtones_transfer(image, 1 - midtones)) / 65535 for image in (starry, starless)]
+    settings = nox.Inference()
+    stretch = nox.fit_stretch(linear[0], settings.shadows, settings.target, settings.linked)
+    return [stretch.forward(image).astype(np.float32) for image in linear]
+
+
+def star_psnr(image, truth, mask):
+    return -10 * np.log10(max(float(np.square(image - truth)[mask].mean()), 1e-10))
+
+
+def found(starry, truth, starless, stars):
+    """Table of the stars that count: magnitude, and whether it was found."""
+    column, row = (np.rint(stars[axis].data).astype(int).clip(1, len(truth) - 2) for axis in "xy")
+    light, left = (np.abs(image - truth).mean(axis=2) for image in (starry, starless))
+    light, left = (sum(part[row + i, column + j] for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9 for part in (light, left))
+    middle = stars["flux"].data / (1.13 * stars["fwhm"].data ** 2)  # a Gaussian's, in saturated pixels
+    table = pd.DataFrame({"magnitude": -2.5 * np.log10(middle), "found": left < 0.5 * light})
+    return table[light > 2 / 255]
+
+
+def measure(ranges, generator, values, channels):
+    """One row of the table."""
+    ranges = dict(ranges)
+    linear, _ = ranges.pop("linear", False), ranges.pop("color", True)
+    settings, rows, recalls = gs.Settings(seed=values.seed, size=values.size, color=channels == 3), [], []
+    with mock.patch.dict(vars(gs), ranges):
+        for index in range(values.pairs):
+            starry, truth, stars = gs.make_pair(index, settings)
+            starry, truth = (np.rint(image * 255).astype(np.float32) / 255 for image in (starry, truth))
+            if linear:
+                starry, truth = as_linear(starry, truth, np.random.default_rng(index))
+            mask = (starry != truth).any(axis=2)
+            if not mask.any():
+                continue
+            starless = ops.convert_to_numpy(generator(starry[None], training=False))[0]
+            rows.append([star_psnr(image, truth, mask) for image in (starry, starless)])
+            recalls.append(found(starry, truth, starless, stars))
+    recall = pd.concat(recalls)
+    part = pd.cut(recall["magnitude"], [*MAGNITUDES.values(), np.inf], labels=list(MAGNITUDES), right=False)
+    shares = 100 * recall["found"].groupby(part, observed=False).mean()
+    before, after = np.mean(rows, axis=0)
+    return {"pairs": len(rows), "before, dB": before, "after, dB": after} | shares.to_dict()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--size", type=int, default=256, help="a multiple of 32")
+    parser.add_argument("--seed", type=int, default=98)
+    parser.add_argument("--only", nargs="+", choices=CLASSES, default=list(CLASSES), metavar="NAME")
+    parser.add_argument("--weights", default="", help="of the colour network; default: the shipped ones")
+    values = parser.parse_args()
+    print("| class | pairs | before, dB | after, dB | " + " | ".join(f"found, {name}, %" for name in MAGNITUDES) + " |")
+    print("|---" * (4 + len(MAGNITUDES)) + "|")
+    for name in tqdm(values.only, unit="class", leave=False):
+        channels = 3 if CLASSES[name].get("color", True) else 1
+        settings = dataclasses.replace(nox.Inference(), weights=values.weights if channels == 3 else "")
+        generator, _ = nox.load_generator(nox.weights_for(settings, channels))
+        row = measure(CLASSES[name], generator, values, channels)
+        tqdm.write(f"| {name} | {row.pop('pairs')} | " + " | ".join(f"{value:.1f}" for value in row.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
