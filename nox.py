@@ -182,7 +182,11 @@ def parse_arguments(arguments=None):
     add_settings(infer, Inference)
     train = commands.add_parser("train", help="train the network on pairs", formatter_class=form)
     add_settings(train, Architecture, Training)
-    values = parser.parse_args(arguments)
+    values, more = parser.parse_known_args(arguments)
+    if more and (values.command == "train" or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # argparse takes pictures from one place only; these stand behind an option
+        values.images += more
     check_arguments(commands.choices[values.command], values)
     return values
 

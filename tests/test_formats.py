@@ -607,6 +607,13 @@ def test_several_pictures_go_into_a_folder_and_the_weights_load_once(infer, fold
     assert len(loads) == 1
 
 
+def test_pictures_may_stand_on_both_sides_of_an_option(infer, folder):
+    for name in "abc":
+        write(folder / f"{name}.png", noise(20, 30, 3))
+    infer("a.png", "-o", "out", "b.png", "--mask", "masks", "c.png")
+    assert names("out") == ["a_starless.png", "b_starless.png", "c_starless.png"]
+
+
 def test_a_folder_taken_again_leaves_out_what_was_made_of_it(infer, folder):
     (folder / "in").mkdir()
     write(folder / "in" / "a.png", noise(20, 30, 3))

@@ -95,6 +95,8 @@ def test_help_lists_each_setting_with_its_default_before_keras_loads(tmp_path):
         "infer a.png --target 1",
         "infer a.png --strength 1.1",
         "infer a.png --depth 12",
+        "infer a.png -o out --other b.png",
+        "train more",
         "neither",
         "",
     ],
