@@ -413,16 +413,17 @@ def fit_stretch(picture, shadows, target, linked):
     return Stretch(black, 2**high)
 
 
-LINEAR_SPREAD = 0.05
-
-
 def looks_linear(picture):
     """Whether the histogram is one of linear data: nine tenths of each channel's pixels within 5% of the range.
 
-    Stretching widens the sky's share of the range to several times that. What has 8 bits has been stretched.
+    Stretching widens the sky's share of the range to several times that. Of a crowded field they may take 10%, if
+    the range is empty for as much below them, where a stretch would have put its black point, and the stars reach five
+    times as high. What has 8 bits has been stretched.
     """
-    low, high = np.quantile(sample(picture), (0.05, 0.95), axis=0)
-    return picture.pixels.dtype.itemsize > 1 and bool(np.all(high - low < LINEAR_SPREAD))
+    low, high, top = np.quantile(sample(picture), (0.05, 0.95, 0.999), axis=0)
+    spread = high - low
+    crowded = (spread < 0.1) & (spread < low) & (5 * spread < top - low)
+    return picture.pixels.dtype.itemsize > 1 and bool(np.all((spread < 0.05) | crowded))
 
 
 # --------------------------------------------------------------------------------------------------------------------

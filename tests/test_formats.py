@@ -508,10 +508,24 @@ def test_auto_takes_linear_data_for_linear(linear, stretched, subtract):
     assert (tifffile.imread("starless.tif")[..., 2].min() > 0.01) == stretched  # what is left is the stretch's shadows
 
 
-def test_auto_takes_stretched_data_for_stretched():
-    shown = nox.fit_stretch(nox.Picture(linear_frame()), -2.8, 0.1875, False).forward(linear_frame().astype(float))
-    for dtype, white in ("uint16", 65535), ("float32", 1):
-        assert not nox.looks_linear(nox.Picture((shown * white).astype(dtype)))
+def crowded_frame():
+    """A linear float32 frame on a pedestal, full of stars: many faint ones for each bright one."""
+    rng = np.random.default_rng(4)
+    frame = 0.15 + 0.002 * rng.standard_normal((300, 400, 3)) + 0.005 * rng.pareto(1, (300, 400, 1))
+    return frame.clip(0, 1).astype("float32")
+
+
+@pytest.mark.parametrize("make", [linear_frame, crowded_frame])
+@pytest.mark.parametrize("dtype, white", [("uint16", 65535), ("float32", 1), ("float32", 20_000)])
+@pytest.mark.parametrize("shadows", [-0.75, -2.8])
+def test_auto_tells_linear_data_from_stretched(make, dtype, white, shadows):
+    frame = make()
+    shown = nox.fit_stretch(nox.Picture(frame), shadows, 0.1875, False).forward(frame.astype(float))
+    pictures = [nox.Picture((image * white).astype(dtype)) for image in (frame, shown)]
+    assert [nox.looks_linear(picture) for picture in pictures] == [True, False]
+
+
+def test_auto_takes_8_bits_for_stretched():
     assert not nox.looks_linear(nox.Picture((linear_frame() * 255).astype("uint8")))
 
 
