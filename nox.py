@@ -302,13 +302,12 @@ class Picture:
             values[self.pixels[rows] == self.blank] = np.nan
         return (values - self.black) / (self.white - self.black)
 
-    def image(self, stretch=None, rows=slice(None)):
-        """Some rows as an image: missing pixels are 0, others clipped to 0..1, then stretched."""
-        index = np.arange(len(self.pixels))[rows]
-        image = np.empty((len(index), *self.pixels.shape[1:]), np.float32)
-        for part in bands(len(index)):
-            x = np.nan_to_num(self.unit(index[part]), posinf=0, neginf=0).clip(0, 1)
-            image[part] = stretch.forward(x) if stretch else x
+    def image(self, stretch=None):
+        """The picture as an image: missing pixels are 0, others clipped to 0..1, then stretched."""
+        image = np.empty(self.pixels.shape, np.float32)
+        for rows in bands(len(image)):
+            x = np.nan_to_num(self.unit(rows), posinf=0, neginf=0).clip(0, 1)
+            image[rows] = stretch.forward(x) if stretch else x
         return image
 
     def rounded(self, values):
@@ -1852,15 +1851,15 @@ def answers(generator, tiles, size):
 def light_bands(generator, architecture, shape, look, settings, title=None):
     """(rows, the light of the stars in them) from the top of an image of that shape to its bottom, float32.
 
-    look: gives the image's rows of some numbers. Exactly 0 where the network leaves a pixel alone. Tiles are blended,
-    feathered, where they overlap; no more than a row of them is kept. title: of the progress bar, or None.
+    look: gives the part of the image that is at an index of an array. Exactly 0 where the network leaves a pixel alone.
+    Tiles are blended, feathered, where they overlap; the light of one row of them is kept, no more, and changed when the
+    next one is asked for. title: of the progress bar, or None.
     """
     axes = [tiles_along(side, settings, architecture.multiple) for side in shape[:2]]
     (high, tops, rows), (wide, lefts, columns) = axes
     down, across = (feather(len(indices), starts, tile, tile - starts.step) for tile, starts, indices in axes)
     before, aside = ((tile - starts.step) // 2 for tile, starts, _ in axes)  # what was added before the picture
-    seen = (look(rows[top : top + high]) for top in tops)
-    tiles = (band[:, columns[left : left + wide]] for band in seen for left in lefts)
+    tiles = (look(np.ix_(rows[top : top + high], columns[left : left + wide])) for top in tops for left in lefts)
     count = len(tops) * len(lefts)
     found = answers(generator, tiles, min(settings.batch_size, count))
     light = np.zeros((high, len(columns), shape[2]), np.float32)
@@ -1873,7 +1872,8 @@ def light_bands(generator, architecture, shape, look, settings, title=None):
             done = first + tops.step if top != tops[-1] else shape[0]
             for part in bands(done, max(first, 0)):
                 yield part, light[part.start - first : part.stop - first, aside : aside + shape[1]]
-            light = np.pad(light[tops.step :], [(0, tops.step), (0, 0), (0, 0)])
+            light[: -tops.step] = light[tops.step :]
+            light[-tops.step :] = 0
 
 
 def stellar_light(generator, architecture, image, settings, title=None):
@@ -1907,9 +1907,12 @@ def starlight(picture, stretch, settings, title, load):
         kind = {1: "grayscale", 3: "colour"}
         raise BadInput(f"{weights}: {kind[taken]} weights, but a {kind[given]} picture; see --n-channels {taken}")
     title += ", stretched" if stretch else ""
-    look = functools.partial(picture.image, stretch)
+
+    def look(index):
+        return picture.with_pixels(picture.pixels[index]).image(stretch)
+
     if settings.upsample:  # takes memory for the whole: each row of twice the size depends on several of these
-        seen = resized(look(), 2 * height, 2 * width).clip(0, 1)
+        seen = resized(picture.image(stretch), 2 * height, 2 * width).clip(0, 1)
         whole = resized(stellar_light(generator, architecture, seen, settings, title), height, width)
         found = ((rows, whole[rows]) for rows in bands(height))
     else:
