@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -182,7 +183,11 @@ def parse_arguments(arguments=None):
     add_settings(infer, Inference)
     train = commands.add_parser("train", help="train the network on pairs", formatter_class=form)
     add_settings(train, Architecture, Training)
-    values = parser.parse_args(arguments)
+    values, more = parser.parse_known_args(arguments)
+    if more and (values.command == "train" or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # argparse takes pictures from one place only; these stand behind an option
+        values.images += more
     check_arguments(commands.choices[values.command], values)
     return values
 
@@ -254,9 +259,9 @@ with silenced():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def bands(height, rows=256):
-    """Slices that cover so many rows: what is computed in float64 never needs a whole picture of it."""
-    return (slice(start, start + rows) for start in range(0, height, rows))
+def bands(stop, start=0, rows=64):
+    """Slices that cover the rows up to stop: what is computed in float64 never needs a whole picture of it."""
+    return (slice(first, min(first + rows, stop)) for first in range(start, stop, rows))
 
 
 def brightest(pixels):
@@ -316,25 +321,21 @@ class Picture:
             values = np.rint(values).clip(limits.min, np.nextafter(float(limits.max) + 1, 0))
         return values.astype(self.pixels.dtype)
 
-    def without(self, light, stretch=None):
-        """The picture less the light taken away (an image), in its own depth; where that is 0, the very same bits.
+    def without(self, light, stretch=None, rows=slice(None)):
+        """Some rows of pixels less the light taken from them (an image); where that is 0, the very same bits.
 
         stretch: the one under which the light was seen, or None. Pixels that it clipped stay as they are, missing ones
         too. What is taken away leaves nothing below black, what is filled in nothing above white.
         """
-        rest, span = self.pixels.copy(), self.white - self.black
-        for rows in bands(len(rest)):
-            pixels, x, taken = self.pixels[rows], self.unit(rows), light[rows].astype(np.float64)
-            touched = (taken != 0) & np.isfinite(x)
-            if stretch:
-                touched &= stretch.keeps(x)
-                taken = x - stretch.inverse(stretch.forward(x) - taken)
-            low, high = sorted((self.black, self.white))
-            less = np.clip(
-                pixels - np.where(touched, taken, 0) * span, np.minimum(pixels, low), np.maximum(pixels, high)
-            )
-            np.copyto(rest[rows], self.rounded(np.where(touched, less, low)), where=touched)
-        return self.with_pixels(rest)
+        pixels, x, taken = self.pixels[rows], self.unit(rows), light.astype(np.float64)
+        touched = (taken != 0) & np.isfinite(x)
+        if stretch:
+            touched &= stretch.keeps(x)
+            taken = x - stretch.inverse(stretch.forward(x) - taken)
+        low, high = sorted((self.black, self.white))
+        less = pixels - np.where(touched, taken, 0) * (self.white - self.black)
+        less = less.clip(np.minimum(pixels, low), np.maximum(pixels, high))
+        return np.where(touched, self.rounded(np.where(touched, less, low)), pixels)
 
     def in_depth(self, dtype):
         """The picture in another type of pixels: integers span its black to white, floats keep their values."""
@@ -390,20 +391,20 @@ class Stretch:
         return (x > self.shadows) & (x <= 1)
 
 
-def sample(image, count=2**17):
-    """Some pixels of an image, spread over it, shape (n, channels), without the black border of registered pictures."""
-    pixels = image.reshape(-1, image.shape[2])
-    pixels = pixels[:: -(-len(pixels) // count)]
-    inside = pixels.any(axis=1)
-    return (pixels[inside] if inside.any() else pixels).astype(np.float64)
+def sample(picture, count=2**17):
+    """Some pixels of a picture's image, spread over it, shape (n, channels); without the black border of registration."""
+    pixels = picture.pixels.reshape(-1, 1, picture.pixels.shape[2])
+    values = picture.with_pixels(pixels[:: -(-len(pixels) // count)]).image()[:, 0].astype(np.float64)
+    inside = values.any(axis=1)
+    return values[inside] if inside.any() else values
 
 
-def fit_stretch(image, shadows, target, linked):
-    """The stretch of a linear image whose display values have the mean target in each channel.
+def fit_stretch(picture, shadows, target, linked):
+    """The stretch of a linear picture whose display values have the mean target in each channel.
 
     shadows: black point in standard deviations from the median. linked: one stretch for all channels together.
     """
-    values = sample(image)
+    values = sample(picture)
     values = values.reshape(-1, 1) if linked else values
     black = np.maximum(0, np.median(values, axis=0) + shadows * values.std(axis=0))
     black = np.where(black < values.max(axis=0), black, 0)  # of a constant picture nothing would be left
@@ -415,16 +416,17 @@ def fit_stretch(image, shadows, target, linked):
     return Stretch(black, 2**high)
 
 
-LINEAR_SPREAD = 0.05
-
-
-def looks_linear(picture, image):
+def looks_linear(picture):
     """Whether the histogram is one of linear data: nine tenths of each channel's pixels within 5% of the range.
 
-    Stretching widens the sky's share of the range to several times that. What has 8 bits has been stretched.
+    Stretching widens the sky's share of the range to several times that. Of a crowded field they may take 10%, if
+    the range is empty for as much below them, where a stretch would have put its black point, and the stars reach five
+    times as high. What has 8 bits has been stretched.
     """
-    low, high = np.quantile(sample(image), (0.05, 0.95), axis=0)
-    return picture.pixels.dtype.itemsize > 1 and bool(np.all(high - low < LINEAR_SPREAD))
+    low, high, top = np.quantile(sample(picture), (0.05, 0.95, 0.999), axis=0)
+    spread = high - low
+    crowded = (spread < 0.1) & (spread < low) & (5 * spread < top - low)
+    return picture.pixels.dtype.itemsize > 1 and bool(np.all((spread < 0.05) | crowded))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -439,14 +441,15 @@ def from_channels(pixels, **fields):
     if channels > 4 or pixels.dtype.kind not in "uif" or 0 in pixels.shape:
         raise BadInput(f"{channels} channels of {pixels.dtype} are not a picture that can be read")
     alpha = pixels[..., -1] if channels in (2, 4) else None
-    color = np.ascontiguousarray(pixels[..., : channels - (alpha is not None)])
-    return Picture(color.astype(color.dtype.newbyteorder("="), copy=False), alpha, **fields)
+    color = pixels[..., : channels - (alpha is not None)]
+    return Picture(np.ascontiguousarray(color, pixels.dtype.newbyteorder("=")), alpha, **fields)
 
 
 def with_alpha(picture):
     """All channels in one array: (height, width) for gray, else (height, width, 2 to 4)."""
-    channels = [picture.pixels] if picture.alpha is None else [picture.pixels, picture.alpha]
-    return np.dstack(channels).squeeze(2) if picture.pixels.shape[2] == len(channels) == 1 else np.dstack(channels)
+    if picture.alpha is not None:
+        return np.dstack([picture.pixels, picture.alpha])
+    return picture.pixels[..., 0] if picture.pixels.shape[2] == 1 else picture.pixels
 
 
 def swapped(pixels):
@@ -463,12 +466,14 @@ def decode(data):
         pixels = None
     if pixels is None:
         raise BadInput("not a picture that can be read")
-    return swapped(pixels)
+    for rows in bands(len(pixels)):  # in place, since it may be large
+        pixels[rows] = swapped(pixels[rows])
+    return pixels
 
 
 def encode(pixels, extension, options=()):
-    """The bytes of a file of that extension that holds such pixels."""
-    return cv2.imencode(extension, swapped(pixels), options)[1].tobytes()
+    """The bytes of a file of that extension that holds such pixels, as a memoryview."""
+    return cv2.imencode(extension, swapped(pixels), options)[1].data
 
 
 def profile(picture):
@@ -525,7 +530,8 @@ def write_png(picture, path):
         chunks.append((b"iTXt", PNG_XMP + bytes(5) + xmp))
     data = encode_gray_alpha(pixels) if pixels.ndim == 3 and pixels.shape[2] == 2 else encode(pixels, ".png")
     header = len(PNG_SIGNATURE) + 25  # IHDR comes first
-    Path(path).write_bytes(data[:header] + b"".join(png_chunk(*chunk) for chunk in chunks) + data[header:])
+    with open(path, "wb") as file:
+        file.writelines([data[:header], *(png_chunk(*chunk) for chunk in chunks), data[header:]])
 
 
 def encode_gray_alpha(pixels):
@@ -582,12 +588,13 @@ def write_jpeg(picture, path):
     parts = [icc[start : start + step] for start in range(0, len(icc), step)]
     segments += [(0xE2, JPEG_ICC + bytes([i + 1, len(parts)]) + part) for i, part in enumerate(parts)]
     segments += [s for s in kept if s[0] != first]
-    head = b"".join(
+    head = [
         struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
         for marker, content in segments
         if len(content) <= JPEG_SEGMENT
-    )
-    Path(path).write_bytes(data[:2] + head + data[6 + len(jfif) :])
+    ]
+    with open(path, "wb") as file:
+        file.writelines([data[:2], *head, data[6 + len(jfif) :]])
 
 
 # -- TIFF
@@ -1891,37 +1898,57 @@ def feather(length, starts, tile, overlap):
     return np.stack([weight / total[start : start + tile] for weight, start in zip(weights, starts)])
 
 
-def stellar_light(generator, architecture, image, settings, title=None):
-    """The light of the stars in an image, same shape, float32; exactly 0 where the network leaves a pixel alone.
+def answers(generator, tiles, size):
+    """(tile, the network's answer) for each of the tiles, so many at once, fewer where the memory does not hold them.
 
-    Tiles of one shape run through the network, so it is compiled once, and are blended, feathered, where they overlap.
-    title: of the progress bar, or None.
+    All batches are of one shape, so that the network is compiled once.
     """
-    axes = [tiles_along(side, settings, architecture.multiple) for side in image.shape[:2]]
+    while batch := list(itertools.islice(tiles, size)):
+        full = np.stack(batch + batch[-1:] * (size - len(batch)))
+        try:
+            starless = np.asarray(generator.predict_on_batch(full), np.float32)
+        except Exception as error:  # each backend raises its own
+            if size == 1 or not OUT_OF_MEMORY.search(str(error)):
+                raise
+            tiles, size = itertools.chain(batch, tiles), size // 2
+        else:
+            yield from zip(batch, starless)
+
+
+def light_bands(generator, architecture, shape, look, settings, title=None):
+    """(rows, the light of the stars in them) from the top of an image of that shape to its bottom, float32.
+
+    look: gives the part of the image that is at an index of an array. Exactly 0 where the network leaves a pixel alone.
+    Tiles are blended, feathered, where they overlap; the light of one row of them is kept, no more, and changed when the
+    next one is asked for. title: of the progress bar, or None.
+    """
+    axes = [tiles_along(side, settings, architecture.multiple) for side in shape[:2]]
     (high, tops, rows), (wide, lefts, columns) = axes
     down, across = (feather(len(indices), starts, tile, tile - starts.step) for tile, starts, indices in axes)
-    light = np.zeros((len(rows), len(columns), image.shape[2]), np.float32)
-    waiting = [(top, left, weight, share) for top, weight in zip(tops, down) for left, share in zip(lefts, across)]
-    size = min(settings.batch_size, len(waiting))
-    with tqdm(total=len(waiting), desc=title, unit="tile", disable=title is None) as bar:
-        while waiting:
-            batch = waiting[:size]
-            tiles = [image[np.ix_(rows[top : top + high], columns[left : left + wide])] for top, left, *_ in batch]
-            full = np.stack(tiles + tiles[-1:] * (size - len(tiles)))  # every batch is of the same shape
-            try:
-                starless = np.asarray(generator.predict_on_batch(full), np.float32)
-            except Exception as error:  # each backend raises its own
-                if size == 1 or not OUT_OF_MEMORY.search(str(error)):
-                    raise
-                size //= 2
-                continue
-            for (top, left, weight, share), starry, answer in zip(batch, tiles, starless):
-                window = np.s_[top : top + high, left : left + wide]
-                light[window] += (weight[:, None] * share)[..., None] * (starry - answer)
-            del waiting[:size]
-            bar.update(len(batch))
-    top, left = ((tile - starts.step) // 2 for tile, starts, _ in axes)  # what was added before the picture
-    return light[top : top + image.shape[0], left : left + image.shape[1]]
+    before, aside = ((tile - starts.step) // 2 for tile, starts, _ in axes)  # what was added before the picture
+    tiles = (look(np.ix_(rows[top : top + high], columns[left : left + wide])) for top in tops for left in lefts)
+    count = len(tops) * len(lefts)
+    found = answers(generator, tiles, min(settings.batch_size, count))
+    light = np.zeros((high, len(columns), shape[2]), np.float32)
+    with tqdm(total=count, desc=title, unit="tile", disable=title is None) as bar:
+        for top, weight in zip(tops, down):
+            for left, share, (starry, starless) in zip(lefts, across, found):
+                light[:, left : left + wide] += (weight[:, None] * share)[..., None] * (starry - starless)
+                bar.update()
+            first = top - before  # the picture's row that the topmost of these is
+            done = first + tops.step if top != tops[-1] else shape[0]
+            for part in bands(done, max(first, 0)):
+                yield part, light[part.start - first : part.stop - first, aside : aside + shape[1]]
+            light[: -tops.step] = light[tops.step :]
+            light[-tops.step :] = 0
+
+
+def stellar_light(generator, architecture, image, settings, title=None):
+    """The light of the stars in an image, same shape, float32."""
+    light = np.empty_like(image)
+    for rows, part in light_bands(generator, architecture, image.shape, image.__getitem__, settings, title):
+        light[rows] = part
+    return light
 
 
 def weights_for(settings, n_channels):
@@ -1929,29 +1956,41 @@ def weights_for(settings, n_channels):
     return Path(settings.weights) if settings.weights else Path(__file__).resolve().parent / weights_name(n_channels)
 
 
-def starlight(picture, settings, title, load):
-    """(light of the stars in a picture as an image, the stretch under which it was seen or None).
+def stretch_for(picture, settings):
+    """The stretch under which the network is to see a picture; None if it is not linear."""
+    if settings.linear == "yes" or settings.linear == "auto" and looks_linear(picture):
+        return fit_stretch(picture, settings.shadows, settings.target, settings.linked)
+
+
+def starlight(picture, stretch, settings, title, load):
+    """(rows, the light of the stars in them, an image) from the top of a picture to its bottom.
 
     load: load_generator, or one that remembers. No light is taken where the picture is transparent.
     """
-    image, stretch = picture.image(), None
-    if settings.linear == "yes" or settings.linear == "auto" and looks_linear(picture, image):
-        stretch = fit_stretch(image, settings.shadows, settings.target, settings.linked)
-        image = picture.image(stretch)
-        title += ", stretched"
-    weights = weights_for(settings, image.shape[2])
+    height, width, given = picture.pixels.shape
+    weights = weights_for(settings, given)
     generator, architecture = load(weights)
-    if (taken := architecture.n_channels) != (given := image.shape[2]):
+    if (taken := architecture.n_channels) != given:
         kind = {1: "grayscale", 3: "colour"}
         raise BadInput(f"{weights}: {kind[taken]} weights, but a {kind[given]} picture; see --n-channels {taken}")
-    height, width = image.shape[:2]
-    seen = resized(image, 2 * height, 2 * width).clip(0, 1) if settings.upsample else image
-    light = resized(stellar_light(generator, architecture, seen, settings, title), height, width)
-    np.clip(light, image - 1, image, out=light)  # what remains lies in 0..1
-    light *= np.float32(settings.strength)
-    if picture.alpha is not None:
-        light[picture.alpha == 0] = 0
-    return light, stretch
+    title += ", stretched" if stretch else ""
+
+    def look(index):
+        return picture.with_pixels(picture.pixels[index]).image(stretch)
+
+    if settings.upsample:  # takes memory for the whole: each row of twice the size depends on several of these
+        seen = resized(picture.image(stretch), 2 * height, 2 * width).clip(0, 1)
+        whole = resized(stellar_light(generator, architecture, seen, settings, title), height, width)
+        found = ((rows, whole[rows]) for rows in bands(height))
+    else:
+        found = light_bands(generator, architecture, picture.pixels.shape, look, settings, title)
+    for rows, light in found:
+        image = look(rows)
+        np.clip(light, image - 1, image, out=light)  # what remains lies in 0..1
+        light *= np.float32(settings.strength)
+        if picture.alpha is not None:
+            light[picture.alpha[rows] == 0] = 0
+        yield rows, light
 
 
 def star_layer(starry, starless, mode):
@@ -1979,11 +2018,9 @@ def star_layer(starry, starless, mode):
 MASK_WHITE = 0.1  # light at which the mask is white: faint stars are to show in it
 
 
-def star_mask(picture, light):
-    """An 8-bit gray picture of where light was taken, white where it was much."""
-    white = 255 * (np.abs(light).max(axis=2, keepdims=True) / MASK_WHITE).clip(0, 1)
-    pixels = np.rint(white).astype(np.uint8)
-    return dataclasses.replace(picture, pixels=pixels, alpha=None, black=0.0, white=255.0, blank=None)
+def star_mask(light):
+    """Pixels of 8 bits, white where much light was taken, shape (height, width, 1)."""
+    return np.rint(255 * (np.abs(light).max(axis=2, keepdims=True) / MASK_WHITE).clip(0, 1)).astype(np.uint8)
 
 
 PREVIEW_SIDE = 1600
@@ -2090,13 +2127,8 @@ def infer_one(source, values, settings, load, many, written):
             raise BadInput(f"{target}: has just been written; name another file")
         written.add(target.resolve())
     excluded = read_exclusion(values.exclude, picture) if values.exclude else None
-    light, stretch = starlight(picture, settings, source.name, load)
-    if excluded is not None:
-        light *= 1 - excluded
-    if values.stars:
-        np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
     depth = format_of(targets["starless"]).depth_for(picture.pixels.dtype, settings.depth)
-    for kind, layer in layers_of(picture, light, stretch, targets, depth, settings.star_mode).items():
+    for kind, layer in layers_of(picture, targets, depth, excluded, settings, source.name, load).items():
         write_picture(
             targets[kind], layer.noting(HISTORY[kind]), settings.depth if kind in ("starless", "stars") else "keep"
         )
@@ -2104,17 +2136,28 @@ def infer_one(source, values, settings, load, many, written):
         write_copy(Path("starry" + extension), file, picture if picture is not original else None)
 
 
-def layers_of(picture, light, stretch, kinds, depth, star_mode):
-    """{kind: picture} of what is made of a picture and the light of its stars; starless and stars are of one depth."""
-    starless = picture.without(light, stretch)
-    layers = {"starless": starless}
-    if "stars" in kinds:
-        pair = star_layer(picture.in_depth(depth), starless.in_depth(depth), star_mode)
-        layers = dict(zip(("starless", "stars"), pair))
+def layers_of(picture, kinds, depth, excluded, settings, title, load):
+    """{kind: picture} of what is made of a picture; starless and stars are of one depth.
+
+    excluded: what is to stay, an image, or None. title, load: as for starlight.
+    """
+    stretch, gray = stretch_for(picture, settings), (*picture.pixels.shape[:2], 1)
+    layers = {"starless": picture.with_pixels(np.empty_like(picture.pixels))}
     if "mask" in kinds:
-        layers["mask"] = star_mask(picture, light)
+        layers["mask"] = Picture(np.empty(gray, np.uint8), metadata=picture.metadata)
+    for rows, light in starlight(picture, stretch, settings, title, load):
+        if excluded is not None:
+            light *= 1 - excluded[rows]
+        if "stars" in kinds:
+            np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
+        layers["starless"].pixels[rows] = picture.without(light, stretch, rows)
+        if "mask" in kinds:
+            layers["mask"].pixels[rows] = star_mask(light)
     if "preview" in kinds:
-        layers["preview"] = preview(picture, starless, stretch)
+        layers["preview"] = preview(picture, layers["starless"], stretch)
+    if "stars" in kinds:
+        pair = star_layer(picture.in_depth(depth), layers["starless"].in_depth(depth), settings.star_mode)
+        layers |= zip(("starless", "stars"), pair)
     return layers
 
 

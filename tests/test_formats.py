@@ -1,6 +1,5 @@
 """Pictures in and out of nox.py: every format's bits and metadata, odd data, linear data, layers, several pictures."""
 
-import functools
 import re
 import struct
 import zlib
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 import tifffile
 from astropy.io import fits
+from conftest import keras, load_once, mistake, names, noise, nox, read, run, write
 from PIL import Image, PngImagePlugin, TiffImagePlugin
-from test_nox import folder, infer, keras, mistake, names, noise, nox, read, run, weights, write
 
 import GenerateStars
 
@@ -462,7 +461,7 @@ def test_the_midtones_formula_is_that_of_generatestars():
 @pytest.mark.parametrize("linked", [False, True])
 def test_the_stretch_has_the_shadows_and_the_mean_asked_for(linked):
     image = linear_frame()
-    stretch = nox.fit_stretch(image, -0.5, 0.3, linked)
+    stretch = nox.fit_stretch(nox.Picture(image), -0.5, 0.3, linked)
     values = image.reshape(-1, 1) if linked else image.reshape(-1, 3)
     median, deviation = np.median(values, axis=0), np.std(values.astype(float), axis=0)
     np.testing.assert_allclose(stretch.shadows, np.maximum(0, median - 0.5 * deviation), rtol=1e-6)
@@ -475,12 +474,12 @@ def test_the_stretch_has_the_shadows_and_the_mean_asked_for(linked):
 def test_the_black_border_of_registered_pictures_has_no_say_in_the_stretch():
     frame = linear_frame()
     bordered = np.pad(frame, ((40, 40), (40, 40), (0, 0)))
-    plain, other = (nox.fit_stretch(image, -0.75, 0.1875, False) for image in (frame, bordered))
+    plain, other = (nox.fit_stretch(nox.Picture(image), -0.75, 0.1875, False) for image in (frame, bordered))
     np.testing.assert_allclose(other.midtones, plain.midtones, rtol=1e-6)
 
 
 def test_the_stretch_and_its_inverse_are_exact():
-    stretch = nox.fit_stretch(linear_frame(), -0.75, 0.1875, False)
+    stretch = nox.fit_stretch(nox.Picture(linear_frame()), -0.75, 0.1875, False)
     x = np.linspace(0, 1, 50_000)[:, None] * np.ones(3)
     kept = stretch.keeps(x)
     assert 0.95 < kept.mean() < 1
@@ -495,7 +494,7 @@ def test_linear_data_lose_what_the_network_takes_from_their_stretched_picture(dt
     subtract(0.01, "in.tif", "--shadows", -0.05)
     new = tifffile.imread("starless.tif")
     x = pixels / (1 if dtype == "float32" else 65535.0)
-    stretch = nox.fit_stretch(x.astype("float32"), -0.05, 0.1875, False)
+    stretch = nox.fit_stretch(nox.Picture(x.astype("float32")), -0.05, 0.1875, False)
     clipped = x <= stretch.shadows
     assert same_bits(new[clipped], pixels[clipped]) and 0.05 < clipped.mean() < 0.5
     expected = stretch.inverse((stretch.forward(x) - 0.01).clip(0)) * (1 if dtype == "float32" else 65535)
@@ -509,13 +508,25 @@ def test_auto_takes_linear_data_for_linear(linear, stretched, subtract):
     assert (tifffile.imread("starless.tif")[..., 2].min() > 0.01) == stretched  # what is left is the stretch's shadows
 
 
-def test_auto_takes_stretched_data_for_stretched():
-    shown = nox.fit_stretch(linear_frame(), -2.8, 0.1875, False).forward(linear_frame().astype(float))
-    for dtype, white in ("uint16", 65535), ("float32", 1):
-        picture = nox.Picture((shown * white).astype(dtype))
-        assert not nox.looks_linear(picture, picture.image())
-    dark = nox.Picture((linear_frame() * 255).astype("uint8"))
-    assert not nox.looks_linear(dark, dark.image())
+def crowded_frame():
+    """A linear float32 frame on a pedestal, full of stars: many faint ones for each bright one."""
+    rng = np.random.default_rng(4)
+    frame = 0.15 + 0.002 * rng.standard_normal((300, 400, 3)) + 0.005 * rng.pareto(1, (300, 400, 1))
+    return frame.clip(0, 1).astype("float32")
+
+
+@pytest.mark.parametrize("make", [linear_frame, crowded_frame])
+@pytest.mark.parametrize("dtype, white", [("uint16", 65535), ("float32", 1), ("float32", 20_000)])
+@pytest.mark.parametrize("shadows", [-0.75, -2.8])
+def test_auto_tells_linear_data_from_stretched(make, dtype, white, shadows):
+    frame = make()
+    shown = nox.fit_stretch(nox.Picture(frame), shadows, 0.1875, False).forward(frame.astype(float))
+    pictures = [nox.Picture((image * white).astype(dtype)) for image in (frame, shown)]
+    assert [nox.looks_linear(picture) for picture in pictures] == [True, False]
+
+
+def test_auto_takes_8_bits_for_stretched():
+    assert not nox.looks_linear(nox.Picture((linear_frame() * 255).astype("uint8")))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -610,7 +621,11 @@ def test_several_pictures_go_into_a_folder_and_the_weights_load_once(infer, fold
     assert len(loads) == 1
 
 
-load_once = functools.cache(nox.load_generator)
+def test_pictures_may_stand_on_both_sides_of_an_option(infer, folder):
+    for name in "abc":
+        write(folder / f"{name}.png", noise(20, 30, 3))
+    infer("a.png", "-o", "out", "b.png", "--mask", "masks", "c.png")
+    assert names("out") == ["a_starless.png", "b_starless.png", "c_starless.png"]
 
 
 def test_a_folder_taken_again_leaves_out_what_was_made_of_it(infer, folder):

@@ -20,86 +20,22 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-import nox  # noqa: E402
-from nox import keras, ops  # noqa: E402
+from conftest import ROOT, gate_layer, keras, mistake, names, noise, nox, randomized, read, run, write
+from keras import ops
 
 TINY = ["--width", "4", "--levels", "2", "--patch-size", "32", "--batch-size", "4", "--crops", "4", "--lr", "3e-3",
         "--warmup", "2", "--workers", "1"]  # fmt: skip
 ARCHITECTURE = nox.Architecture(width=4, levels=2)
-
-if keras.backend.backend() == "tensorflow":
-    importlib.import_module("tensorflow").config.experimental.enable_op_determinism()  # to compare one run with another
 
 # --------------------------------------------------------------------------------------------------------------------
 # Helpers
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def run(*arguments):
-    """A command, parsed and run in this process."""
-    nox.main(nox.parse_arguments([str(argument) for argument in arguments]))
-
-
-def mistake(*arguments):
-    """The one line with which a command that cannot be done ends."""
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    assert isinstance(caught.value.code, str)
-    assert len(caught.value.code.strip().splitlines()) == 1
-    return caught.value.code
-
-
 def shell(*arguments, timeout=120, **environment):
     """The real command line; the result has returncode, stdout and stderr."""
     line = [sys.executable, str(ROOT / "nox.py"), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
-
-
-def names(folder="."):
-    return sorted(path.name for path in Path(folder).iterdir())
-
-
-def read(path):
-    """A file's pixels as OpenCV has them, shape (height, width, channels)."""
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def noise(height, width, channels, dtype="uint8"):
-    """Random pixels over the type's whole range, the same for the same arguments."""
-    rng = np.random.default_rng([height, width, channels])
-    values = rng.random((height, width, channels))
-    return (values if dtype.startswith("float") else np.rint(values * np.iinfo(dtype).max)).astype(dtype)
-
-
-def write(path, pixels):
-    """Write pixels (BGR, as OpenCV has them; two channels are gray and alpha) and return the path."""
-    gray_alpha = pixels.shape[2] == 2
-    data = nox.encode_gray_alpha(pixels) if gray_alpha else cv2.imencode(Path(path).suffix, pixels)[1].tobytes()
-    Path(path).write_bytes(data)
-    return Path(path)
-
-
-def randomized(generator, scale=0.1):
-    """The generator with every weight drawn anew, so that none is still the neutral one it started with."""
-    rng = np.random.default_rng(0)
-    generator.set_weights([w + rng.normal(0, scale, w.shape) for w in generator.get_weights()])
-    return generator
-
-
-def gate_layer(generator):
-    """The layer of a nox generator that computes the gate."""
-    return generator.layers[-1].input[1]._keras_history.operation
-
-
-def without_effect(generator):
-    """The generator with a gate that is 0 everywhere."""
-    gate = gate_layer(generator)
-    gate.set_weights([0 * w for w in gate.get_weights()])
-    return generator
 
 
 def make_pairs(folder, count=6, size=48, channels=3):
@@ -121,40 +57,6 @@ def make_pairs(folder, count=6, size=48, channels=3):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_pairs(tmp_path_factory.mktemp("data") / "pairs")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """{kind: weights file} of tiny networks: random ones by number of channels, and ones that change nothing."""
-    folder, files = tmp_path_factory.mktemp("weights"), {}
-    for channels in 1, 3:
-        architecture = nox.Architecture(width=4, levels=2, n_channels=channels)
-        for kind, change in ("random", randomized), ("identity", without_effect):
-            files[kind, channels] = folder / f"{kind}{channels}.h5"
-            nox.save_weights(change(nox.build_generator(architecture)), architecture, files[kind, channels])
-    return files
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-load_once = functools.cache(nox.load_generator)
-
-
-@pytest.fixture
-def infer(folder, weights, monkeypatch):
-    """infer(file, *flags, kind=...): run infer in an empty folder with tiny weights, loaded once for all tests."""
-    monkeypatch.setattr(nox, "load_generator", load_once)
-
-    def call(image, *flags, kind="random"):
-        monkeypatch.setattr(nox, "weights_for", lambda settings, channels: weights[kind, channels])
-        run("infer", image, *flags, "--patch-size", 32, "--stride", 24)
-
-    return call
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -194,6 +96,8 @@ def test_help_lists_each_setting_with_its_default_before_keras_loads(tmp_path):
         "infer a.png --target 1",
         "infer a.png --strength 1.1",
         "infer a.png --depth 12",
+        "infer a.png -o out --other b.png",
+        "train more",
         "neither",
         "",
     ],
@@ -323,7 +227,7 @@ def test_gray_with_alpha_is_written_as_other_programs_read_it():
 def test_a_network_that_is_off_by_much_never_leaves_the_range():
     picture = nox.Picture(noise(9, 9, 3, "uint16"), None)
     for light in np.full((9, 9, 3), 2.0), np.full((9, 9, 3), -2.0):
-        assert set(np.unique(picture.without(light).pixels)) == {0 if light[0, 0, 0] > 0 else 65535}
+        assert set(np.unique(picture.without(light))) == {0 if light[0, 0, 0] > 0 else 65535}
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
@@ -332,7 +236,7 @@ def test_light_is_taken_away_in_the_units_of_the_picture(dtype):
     white = 1 if dtype == "float32" else np.iinfo(dtype).max
     light = np.array([[[10], [0], [-5]]]) * (1 / white if dtype != "float32" else 0.01)
     expected = np.array([[[90], [50], [25]]]) * (1 if dtype != "float32" else 0.01)
-    np.testing.assert_allclose(nox.Picture(pixels, None).without(light).pixels, expected, rtol=1e-6)
+    np.testing.assert_allclose(nox.Picture(pixels, None).without(light), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["a.tiff", "a.TIF", "a.jpeg", "a.PNG"])
@@ -407,7 +311,7 @@ def test_starry_png_as_the_picture_stays_as_it_is(flags, infer, folder):
 @pytest.mark.parametrize("option", ["-o", "--stars", "--mask", "--preview"])
 @pytest.mark.parametrize("output", ["missing/out.png", "in.png/out.png", "taken.png", "out.xyz", "out.webp", "in.png/"])
 def test_an_output_that_cannot_be_is_told_before_the_work(output, option, infer, folder, monkeypatch):
-    monkeypatch.setattr(nox, "stellar_light", lambda *arguments: pytest.fail("worked in vain"))
+    monkeypatch.setattr(nox, "starlight", lambda *arguments: pytest.fail("worked in vain"))
     (folder / "taken.png").write_text("precious")
     write("in.png", noise(30, 30, 3, "uint16"))
     with pytest.raises(SystemExit, match=f"nox.py: {Path(output).parts[0]}"):
@@ -421,7 +325,7 @@ def test_an_output_that_cannot_be_is_told_before_the_work(output, option, infer,
 def test_an_output_whose_format_cannot_hold_the_picture_is_told_before_the_work(
     output, flags, infer, folder, monkeypatch
 ):
-    monkeypatch.setattr(nox, "stellar_light", lambda *arguments: pytest.fail("worked in vain"))
+    monkeypatch.setattr(nox, "starlight", lambda *arguments: pytest.fail("worked in vain"))
     write("in.png", noise(30, 30, 3 if flags else 4, "uint16"))
     with pytest.raises(SystemExit, match=f"nox.py: {output}: .*cannot hold"):
         infer("in.png", "-o", output, *flags)

@@ -23,7 +23,7 @@ def centre(path, size):
     """The middle of a picture, at most size x size pixels, as an image."""
     picture = nox.read_picture(path)
     top, left = (max(0, (side - size) // 2) for side in picture.pixels.shape[:2])
-    return picture.image(np.s_[top : top + size, left : left + size])
+    return picture.image()[top : top + size, left : left + size]
 
 
 @functools.cache
