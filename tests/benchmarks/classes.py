@@ -48,7 +48,9 @@ def as_linear(starry, starless, rng):
     midtones = gs.Range(0.003, 0.05, True)(rng)
     linear = [np.rint(65535 * nox.midtones_transfer(image, 1 - midtones)) / 65535 for image in (starry, starless)]
     settings = nox.Inference()
-    stretch = nox.fit_stretch(linear[0], settings.shadows, settings.target, settings.linked)
+    stretch = nox.fit_stretch(
+        nox.Picture(linear[0].astype(np.float32)), settings.shadows, settings.target, settings.linked
+    )
     return [stretch.forward(image).astype(np.float32) for image in linear]
 
 
