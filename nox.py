@@ -1101,13 +1101,14 @@ DIMMED = 0.3  # share of crops that are dimmed or lifted, the channels apart: an
 
 def augmented(rng, starry, starless):
     """The batch with channels permuted, some crops under another crop's stars, some dimmed or lifted."""
-    starry, starless = starry.copy(), starless.copy()
-    light = 1 - (1 - starry) / np.maximum(1 - starless, 1 / 255)  # the stars as a screen-blended layer
+    given, starry, starless = (starry, starless), np.empty_like(starry), np.empty_like(starless)
     for i in range(len(starry)):
         order = rng.permutation(starry.shape[-1])
-        starry[i], starless[i] = starry[i][..., order], starless[i][..., order]
+        starry[i], starless[i] = (np.take(images[i], order, axis=-1) for images in given)
         if rng.random() < RECOMBINED:
-            other = light[rng.integers(len(starry))]
+            j = rng.integers(len(starry))
+            x, y = (images[j] for images in given)
+            other = 1 - (1 - x) / np.maximum(1 - y, 1 / 255)  # the stars as a screen-blended layer
             starry[i] = np.where(other != 0, 1 - (1 - starless[i]) * (1 - other.clip(0, 1)), starless[i])
         if rng.random() < DIMMED:
             apart = starry.shape[-1] if rng.integers(2) else 1
