@@ -99,7 +99,7 @@ class Training:
     weight_ema: float = setting(0.999, "averaging of the weights that are saved, per step; the average is less noisy")
     patience: int = setting(8, "epochs without a better smoothed loss before the learning rate is halved")
     cooldown: int = setting(4, "epochs to wait after that")
-    validation: bool = setting(True, "hold back a fifth of the pairs to judge by")
+    validation: bool = setting(True, "hold back about a fifth of the pairs to judge by")
     save_freq: int = setting(1, "epochs between saved weights, plots and sample pictures")
     seed: int = setting(0, "seed of crops, order and split")
     workers: int = setting(2, "threads that read and augment pairs while the network runs")
@@ -1016,14 +1016,23 @@ def find_pairs(folder):
 
 
 def split_pairs(pairs, validation, seed):
-    """(training, validation) pairs: a fifth is held back, the same for the same seed; none without validation."""
+    """(training, validation) pairs: about a fifth is held back, at least one; none without validation.
+
+    Seed and name of a pair alone decide, so pairs that are added leave the others where they are.
+    """
     if not validation:
         return pairs, []
     if len(pairs) < 2:
         raise BadInput("validation needs two pairs at least; give more, or --no-validation")
-    shuffled = random.Random(seed).sample(pairs, len(pairs))
-    held = max(1, len(pairs) // 5)
-    return shuffled[held:], shuffled[:held]
+    draw = {pair: random.Random(f"{seed} {Path(pair[0]).stem}").random() for pair in pairs}
+    first, last = min(pairs, key=draw.get), max(pairs, key=draw.get)
+    held = {pair for pair in pairs if pair == first or (draw[pair] < 0.2 and pair != last)}
+    return [pair for pair in pairs if pair not in held], [pair for pair in pairs if pair in held]
+
+
+def fingerprint(pairs):
+    """A number that changes when pairs are added, taken away or made anew."""
+    return zlib.crc32(repr([(file.name, file.stat().st_size) for pair in pairs for file in pair]).encode())
 
 
 def read_pair(paths, n_channels):
@@ -1112,13 +1121,14 @@ DIMMED = 0.3  # share of crops that are dimmed or lifted, the channels apart: an
 
 def augmented(rng, starry, starless):
     """The batch with channels permuted, some crops under another crop's stars, some dimmed or lifted."""
-    starry, starless = starry.copy(), starless.copy()
-    light = 1 - (1 - starry) / np.maximum(1 - starless, 1 / 255)  # the stars as a screen-blended layer
+    given, starry, starless = (starry, starless), np.empty_like(starry), np.empty_like(starless)
     for i in range(len(starry)):
         order = rng.permutation(starry.shape[-1])
-        starry[i], starless[i] = starry[i][..., order], starless[i][..., order]
+        starry[i], starless[i] = (np.take(images[i], order, axis=-1) for images in given)
         if rng.random() < RECOMBINED:
-            other = light[rng.integers(len(starry))]
+            j = rng.integers(len(starry))
+            x, y = (images[j] for images in given)
+            other = 1 - (1 - x) / np.maximum(1 - y, 1 / 255)  # the stars as a screen-blended layer
             starry[i] = np.where(other != 0, 1 - (1 - starless[i]) * (1 - other.clip(0, 1)), starless[i])
         if rng.random() < DIMMED:
             apart = starry.shape[-1] if rng.integers(2) else 1
@@ -1650,10 +1660,10 @@ class Checkpoint(keras.callbacks.Callback):
     resumes. Keras's BackupAndRestore writes in place and keeps the epoch in a second file.
     """
 
-    def __init__(self, folder, record=None):
-        """record: what is to be said of the run in run.json from its next state on."""
+    def __init__(self, folder):
         super().__init__()
-        self.folder, self.record = folder, record
+        self.folder = folder
+        self.record = {}  # what is to be said of the run in run.json from its next state on
 
     def files(self):
         """{epoch: file} of the complete states."""
@@ -1661,7 +1671,7 @@ class Checkpoint(keras.callbacks.Callback):
         return {int(match[1]): self.folder / match[0] for match in found if match}
 
     def restore(self, model):
-        """Load the last state into a compiled model; returns the number of epochs done, 0 without a state."""
+        """Load the last state into a compiled model; returns the number of epochs done."""
         files = self.files()
         done = max(files, default=0)
         if files:
@@ -1673,15 +1683,19 @@ class Checkpoint(keras.callbacks.Callback):
                 raise BadInput(f"{files[done]}: does not fit ({first_line(error)}); {advice}") from None
         return done
 
-    def on_epoch_end(self, epoch, logs=None):
-        earlier = self.files().values()
+    def save(self, model, done):
+        """Write the state after so many epochs in place of the one before."""
+        earlier, file = self.files().values(), self.folder / f"epoch{done}.weights.h5"
         temporary = self.folder / "writing.weights.h5"
-        self.model.save_weights(temporary, overwrite=True)
-        os.replace(temporary, self.folder / f"epoch{epoch + 1}.weights.h5")
+        model.save_weights(temporary, overwrite=True)
+        os.replace(temporary, file)
         write_bytes(self.folder / "run.json", json.dumps(self.record).encode())
-        for file in earlier:
-            if file.name != f"epoch{epoch + 1}.weights.h5":
-                file.unlink(missing_ok=True)
+        for old in earlier:
+            if old != file:
+                old.unlink(missing_ok=True)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.save(self.model, epoch + 1)
 
 
 class Outputs(keras.callbacks.Callback):
@@ -1745,13 +1759,14 @@ def set_aside(path):
     print(f"{path} was not written by this run and is kept as {free}")
 
 
-def open_run(folder, architecture, lr):
-    """The record {id, architecture, lr} of the run whose checkpoint is in the folder, a new one if there is none.
+def open_run(folder, architecture, weights=""):
+    """The record of the run whose checkpoint is in the folder, a new one if there is none.
 
-    Clears the way for its files. lr: the learning rate asked for; the record has the one asked for at its last state.
+    It has the run's id and architecture and, from its first state on, the learning rate asked for, the weights it
+    started from and the fingerprint of its pairs. Clears the way for the run's files. weights: asked to start from.
     """
     record = folder / "run.json"
-    run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture), "lr": lr}
+    run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture)}
     fresh = not record.exists()
     if not fresh:
         try:
@@ -1761,14 +1776,17 @@ def open_run(folder, architecture, lr):
         if run["architecture"] != dataclasses.asdict(architecture):
             flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in run["architecture"].items())
             raise BadInput(f"{folder}: holds a run with {flags}; go on with these, or move the folder away")
-    weights = Path(architecture.weights_name)
-    if weights.exists():
+        if weights and weights != run.get("weights", weights):
+            start = run["weights"] or "random weights"
+            raise BadInput(f"{folder}: holds a run begun from {start}; leave --weights out, or move the folder away")
+    output = Path(architecture.weights_name)
+    if output.exists():
         try:
-            owner = inspect_weights(weights)[1]
+            owner = inspect_weights(output)[1]
         except BadInput:
             owner = ""
         if owner != run["id"]:
-            set_aside(weights)
+            set_aside(output)
     if fresh and Path("history.csv").exists():
         set_aside("history.csv")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1779,60 +1797,68 @@ def open_run(folder, architecture, lr):
 
 @contextlib.contextmanager
 def all_devices():
-    """Within, all GPUs of this machine, or of the machines in TF_CONFIG, share each batch; yields how many losses.
+    """Within, all GPUs of this machine share each batch.
 
-    TensorFlow adds up the gradients of a loss for each device, JAX has one loss for the whole batch; torch trains on
-    one device. Where a machine has no GPU, its CPU is one device unless it has been divided into several.
+    Yields (how many devices that are, how many losses are added up): TensorFlow adds up the gradients of a loss for
+    each device, JAX has one loss for the whole batch; torch trains on one device. Where a machine has no GPU, its CPU
+    is one device unless it has been divided into several.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
+        if "TF_CONFIG" in os.environ:  # fit of Keras 3 fails under MultiWorkerMirroredStrategy
+            raise BadInput("TF_CONFIG: Keras cannot train on several machines; unset it to train on this one alone")
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-        several = "TF_CONFIG" in os.environ
-        if several or len(devices) > 1:
-            names = [device.name for device in devices]
-            kind = tf.distribute.MultiWorkerMirroredStrategy if several else tf.distribute.MirroredStrategy
-            strategy = kind() if several else kind(names)
-            with strategy.scope():
-                yield strategy.num_replicas_in_sync
+        if len(devices) > 1:
+            with tf.distribute.MirroredStrategy([device.name for device in devices]).scope():
+                yield len(devices), len(devices)
             return
     elif keras.backend.backend() == "jax" and len(devices := keras.distribution.list_devices()) > 1:
         keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
-    yield 1
+        yield len(devices), 1
+        return
+    yield 1, 1
 
 
 def train(architecture, settings):
     """Train, from the last checkpoint if there is one, and write everything into the current folder."""
-    with all_devices() as losses:
-        if settings.batch_size % losses:
-            raise BadInput(f"--batch-size {settings.batch_size}: must be a multiple of the {losses} devices")
-        train_within(architecture, settings, losses)
+    with all_devices() as (devices, losses):
+        if settings.batch_size % devices:
+            raise BadInput(f"--batch-size {settings.batch_size}: must be a multiple of the {devices} devices")
+        train_within(architecture, settings, devices, losses)
 
 
-def train_within(architecture, settings, losses):
-    """Train on the devices at hand; losses: over how many a batch is spread."""
+def train_within(architecture, settings, devices, losses):
+    """Train on so many devices, which share each batch; losses: how many are added up (see all_devices)."""
     keras.utils.set_random_seed(settings.seed)
     if settings.patch_size % architecture.multiple:
         raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
-    pairs, held = split_pairs(find_pairs(settings.data), settings.validation, settings.seed)
-    data = Pairs(pairs, settings, architecture.n_channels, augment=True, devices=losses)
-    check = Pairs(held, settings, architecture.n_channels, augment=False, devices=losses) if held else None
+    found = find_pairs(settings.data)
+    pairs, held = split_pairs(found, settings.validation, settings.seed)
+    data = Pairs(pairs, settings, architecture.n_channels, augment=True, devices=devices)
+    check = Pairs(held, settings, architecture.n_channels, augment=False, devices=devices) if held else None
     for some in filter(None, (data, check)):
         some[0]  # names a pair that cannot be used before anything starts
     model = Nox(architecture, settings, losses)
     folder = Path("checkpoint") / Path(architecture.weights_name).stem
-    if settings.weights and not (folder / "run.json").exists():
+    checkpoint = Checkpoint(folder)
+    if settings.weights and not checkpoint.files():
         start_from(model.generator, architecture, settings.weights)
-    run = open_run(folder, architecture, settings.lr)
+    run = open_run(folder, architecture, settings.weights)
+    asked = {"lr": settings.lr, "weights": settings.weights, "pairs": fingerprint(found)}
+    checkpoint.record = run | asked | {"weights": run.get("weights", settings.weights)}
+    if run.get("pairs", asked["pairs"]) != asked["pairs"]:
+        print(f"{settings.data}: pairs have changed since the last epoch of this run, which goes on with these")
 
     optimizer = Muon(
         slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr,
         global_clipnorm=settings.clip or None, beta_2=0.999,
         use_ema=settings.weight_ema > 0, ema_momentum=settings.weight_ema or 0.99,
     )  # fmt: skip
-    checkpoint = Checkpoint(folder, run | {"lr": settings.lr})
     model.compile(optimizer=optimizer, jit_compile=False)
     optimizer.build(model.trainable_variables)  # now, or TensorFlow traces the first step twice
+    if not checkpoint.files():
+        checkpoint.save(model, 0)  # at once: the weights it starts from may just have been renamed
     start = checkpoint.restore(model)
     if run.get("lr", settings.lr) != settings.lr:  # another one is meant; the same leaves what the plateaus made of it
         optimizer.learning_rate = settings.lr
