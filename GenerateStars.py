@@ -110,8 +110,8 @@ POPULATIONS = {
     "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
     "beacons": Population(0.28, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(4, 30, True)),
 }  # fmt: skip
-STARLESS_CHANCE = 0.04  # no star at all: nothing may be taken
-SPARSE_CHANCE, SPARSE = 0.20, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
+STARLESS_CHANCE = 0.05  # no star at all: nothing may be taken
+SPARSE_CHANCE, SPARSE = 0.25, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
 EXCESS = 3e5  # most light of a beacon over a just saturated star's: 14 magnitudes
 
 # Optics.
@@ -163,6 +163,7 @@ STRETCH_SHARES = {"mtf": 0.55, "asinh": 0.22, "hyperbolic": 0.23}
 LOCAL_INTENSITY = Range(0.6, 5.0, True)  # |b| of the generalised hyperbolic stretch, of either sign
 SYMMETRY_POINT, HIGHLIGHTS = Range(0.0, 1.0), Range(0.3, 1.0)  # SP over 1 / D; HP, above which it is a line
 NOISE = Range(0.0006, 0.025, True)  # standard deviation in display units at the sky's level
+NOISELESS_CHANCE = 0.2  # noise reduction went before: smooth but for the rounding
 PHOTON_SHARE = Range(0.0, 1.0)  # part of the variance at the sky's level that grows with the light
 CORRELATION_CHANCE, CORRELATION = 0.65, Range(0.4, 1.0)  # debayering and resampling: blur of the noise, pixels
 CHROMA = Range(0.0, 1.0)  # 0: the same noise in all channels, 1: independent
@@ -180,13 +181,14 @@ VIBRANCE_CHANCE, VIBRANCE = 0.30, Range(0.6, 1.8)
 JPEG_CHANCE, JPEG_QUALITY = 0.35, Range(72, 98)
 
 # Backgrounds.
-SKY_LEVEL = Range(0.015, 0.35, True)  # display level of the darkest sky
-NEBULA_PEAK = Range(0.08, 2.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
-EMPTY_SKY_CHANCE = 0.2  # no nebula at all: a gradient and noise
-GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.18, 0.22, 0.12
+SKY_LEVEL = Range(0.01, 0.25, True)  # display level of the darkest sky
+NEBULA_PEAK = Range(0.05, 2.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
+EMPTY_SKY_CHANCE = 0.25  # no nebula at all: a gradient and noise
+GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.18, 0.26, 0.16
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
 KNOTS = Range(3, 80, True)  # a picture that has any
 GALAXY_LIGHT = Range(0.2, 1.5, True)  # middle of a large galaxy before the shoulder
+GALAXY_HEIGHT = Range(0.03, 2.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
@@ -419,7 +421,7 @@ def galaxy_field(rng, size, fwhm):
     crowded = chance(rng, GALAXY_CLUSTER_CHANCE / (GALAXY_CLUSTER_CHANCE + GALAXY_FIELD_CHANCE))
     for _ in range(rng.integers(15, 50) if crowded else rng.integers(2, 30)):
         least = max(fwhm * GALAXY_SIZE(rng), 2.0)
-        r_eff = least * max(1.0, size / 20 / least) ** (rng.random() ** 2)  # most are small
+        r_eff = least * max(1.0, size / 12 / least) ** (rng.random() ** 2)  # most are small
         ellipticity = rng.uniform(0.1, 0.75) if r_eff > 2 * fwhm else rng.uniform(0.4, 0.75)
         reach = int(min(size, 6 * r_eff + 8))
         x, y = rng.normal(middle, spread) if crowded else rng.uniform(0, size, 2)
@@ -427,11 +429,11 @@ def galaxy_field(rng, size, fwhm):
             continue
         rows, columns = (slice(max(int(c) - reach, 0), min(int(c) + reach + 1, size)) for c in (y, x))
         yy, xx = np.mgrid[rows, columns]
-        index = rng.uniform(0.7, 2.5) if r_eff > 2 * fwhm else rng.uniform(0.6, 1.3)  # disks, and cusps where they show
+        index = rng.uniform(0.7, 4.0) if r_eff > 2 * fwhm else rng.uniform(0.6, 1.3)  # disks, and cusps where they show
         profile = SERSIC.evaluate(xx, yy, 1, r_eff, index, x, y, ellipticity, rng.uniform(0, np.pi))
         profile = cv2.GaussianBlur(profile.astype(np.float32), (0, 0), fwhm / 2.355)
         profile *= 1 - smoothstep(np.hypot(xx - x, yy - y), 0.6 * reach, reach - 1)  # no square is seen
-        profile *= np.exp(rng.uniform(np.log(0.03), np.log(0.6))) / profile.max()
+        profile *= GALAXY_HEIGHT(rng) / profile.max()
         warm = rng.uniform(0, 0.5) * (1 if crowded else rng.choice([-1, 1]))
         color = 1 + warm * np.array([0.5, 0.0, -0.5], np.float32)
         light[rows, columns] += profile[..., None] * color
@@ -1018,7 +1020,8 @@ def expose(rng, sky, optics, color):
     threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
     light = render(stars, colors, optics, shape, threshold)
 
-    sigma, photon = NOISE(rng) / gain, PHOTON_SHARE(rng)
+    sigma = 0.0 if chance(rng, NOISELESS_CHANCE) else NOISE(rng) / gain
+    photon = PHOTON_SHARE(rng)
     noise = noise_layer(rng, linear, sigma, photon, color)
     electron = min(photon * sigma**2 / median, sigma)  # the sky's shot noise tells what one photon is worth
     if chance(rng, GLOW_CHANCE) and electron > 1e-12:
