@@ -184,10 +184,11 @@ JPEG_CHANCE, JPEG_QUALITY = 0.35, Range(72, 98)
 SKY_LEVEL = Range(0.01, 0.25, True)  # display level of the darkest sky
 NEBULA_PEAK = Range(0.05, 2.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
 EMPTY_SKY_CHANCE = 0.25  # no nebula at all: a gradient and noise
-GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.18, 0.26, 0.16
+GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.25, 0.28, 0.17
+SPIRAL_CHANCE = 0.6  # of large galaxies; the others are ellipticals
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
 KNOTS = Range(3, 80, True)  # a picture that has any
-GALAXY_LIGHT = Range(0.2, 1.5, True)  # middle of a large galaxy before the shoulder
+GALAXY_LIGHT = Range(0.2, 2.5, True)  # middle of a large galaxy before the shoulder
 GALAXY_HEIGHT = Range(0.03, 2.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
@@ -391,14 +392,28 @@ def sky_gradient(rng, size):
     return (plane * bowl)[..., None] * rng.uniform(0.75, 1.25, 3).astype(np.float32)
 
 
-def spiral_galaxy(rng, size, fwhm):
-    """A large galaxy with bulge, disk, spiral arms, dust and HII knots, added light of shape (size, size, 3)."""
+def large_galaxy(rng, size, fwhm):
+    """A spiral or an elliptical galaxy as large as the frame or a part of it, added light of shape (size, size, 3)."""
     scale, q, angle = size * Range(0.06, 0.5, True)(rng), rng.uniform(0.2, 1.0), rng.uniform(0, np.pi)
     y, x = np.indices((size, size), dtype=np.float32)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
     radius = np.hypot(u, v) + 0.5
-    winding = rng.integers(1, 4) * (np.arctan2(v, u) - np.log(radius) / np.tan(rng.uniform(0.25, 0.7)))
+    if chance(rng, SPIRAL_CHANCE):
+        light = spiral(rng, radius, np.arctan2(v, u), scale, fwhm)
+    else:  # one smooth profile, cusped as Sersic's are; a stretched picture shows it flatter than it is
+        profile = np.exp(-((radius / (scale * rng.uniform(0.05, 0.4))) ** np.float32(rng.uniform(0.4, 1))))
+        light = cv2.GaussianBlur(profile, (0, 0), fwhm / 2.355)[..., None] * OLD_STARS
+    return np.float32(GALAXY_LIGHT(rng)) * light.astype(np.float32)
+
+
+OLD_STARS, YOUNG_STARS = np.array([1.0, 0.85, 0.65]), np.array([0.6, 0.75, 1.0])  # display colours
+
+
+def spiral(rng, radius, azimuth, scale, fwhm):
+    """Light of a spiral galaxy with bulge, disk, arms, dust and HII knots; radius and azimuth in its plane."""
+    size = len(radius)
+    winding = rng.integers(1, 4) * (azimuth - np.log(radius) / np.tan(rng.uniform(0.25, 0.7)))
     grain = turbulence(rng, size, 2.2)
     arms = (0.5 + 0.5 * np.cos(winding + 5 * grain)) ** rng.uniform(0.7, 2.5) * (0.3 + grain.clip(0))
     arms = 0.3 + (arms - 0.3) * smoothstep(radius, 0.2 * scale, 1.2 * scale)  # not into the bulge
@@ -406,12 +421,10 @@ def spiral_galaxy(rng, size, fwhm):
     knots = np.where((turbulence(rng, size, 1.0) > 0.95) & (arms > 0.4), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
     bulge = np.exp(-radius / (0.15 * scale))
-    old, young = np.array([1.0, 0.85, 0.65]), np.array([0.6, 0.75, 1.0])
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
-    light = (bulge + 0.5 * disk)[..., None] * old + (disk * (0.2 + arms) * dust)[..., None] * young
+    light = (bulge + 0.5 * disk)[..., None] * OLD_STARS + (disk * (0.2 + arms) * dust)[..., None] * YOUNG_STARS
     light = light + rng.uniform(0, 3) * knots[..., None] * np.array(PALETTE["magenta"])
-    light = light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm)
-    return np.float32(GALAXY_LIGHT(rng)) * light.astype(np.float32)
+    return light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm)
 
 
 def galaxy_field(rng, size, fwhm):
@@ -496,7 +509,7 @@ def painted_sky(rng, size, fwhm):
         if chance(rng, 0.6):
             image = absorb(rng, image)
     if chance(rng, GALAXY_CHANCE):
-        image = image + spiral_galaxy(rng, size, fwhm)
+        image = image + large_galaxy(rng, size, fwhm)
     if chance(rng, GALAXY_FIELD_CHANCE + GALAXY_CLUSTER_CHANCE):
         image = image + galaxy_field(rng, size, fwhm)
     if chance(rng, KNOT_CHANCE):
