@@ -182,14 +182,14 @@ JPEG_CHANCE, JPEG_QUALITY = 0.35, Range(72, 98)
 
 # Backgrounds.
 SKY_LEVEL = Range(0.01, 0.25, True)  # display level of the darkest sky
-NEBULA_PEAK = Range(0.05, 2.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
+NEBULA_PEAK = Range(0.05, 4.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
 EMPTY_SKY_CHANCE = 0.25  # no nebula at all: a gradient and noise
 GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.25, 0.28, 0.17
 SPIRAL_CHANCE = 0.6  # of large galaxies; the others are ellipticals
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
 KNOTS = Range(3, 80, True)  # a picture that has any
-GALAXY_LIGHT = Range(0.2, 2.5, True)  # middle of a large galaxy before the shoulder
-GALAXY_HEIGHT = Range(0.03, 2.0, True)  # middle of a small one: from hardly seen to white
+GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shoulder: some are burnt out
+GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
