@@ -5,7 +5,7 @@
 Prints how many crops a second the pairs alone deliver and, for L1 alone and with the adversary, in float32 and bfloat16:
 crops a second of nox.py's own fit, of the same fit on one batch again and again (the difference is time spent waiting
 for pairs), and on TensorFlow of a bare GradientTape loop of the same networks and loss, which reports nothing. Makes
-eight pairs with GenerateStars.py unless --data names a folder of them.
+pairs with GenerateStars.py unless --data names a folder of them.
 """
 
 import argparse
@@ -57,12 +57,16 @@ def fitted(model, data):
     return data.steps * data.settings.batch_size / clock.seconds
 
 
+def new_optimizer(model):
+    return nox.Muon(model.discriminator.trainable_variables, learning_rate=1e-4, global_clipnorm=1.0, use_ema=True)
+
+
 def looped(model, data):
     """Crops a second of a bare loop on one batch."""
     import tensorflow as tf
 
-    settings, optimizer = model.settings, keras.optimizers.Adam(1e-4, global_clipnorm=1.0)
-    weights = {"l1": settings.l1_weight, "discriminator": 1.0}
+    settings, optimizer = model.settings, new_optimizer(model)
+    weights = {"l1": settings.l1_weight, "fill": settings.fill_weight, "discriminator": 1.0}
     weights |= {"features": settings.feature_weight, "adversarial": settings.adversarial_weight}
     variables = (model if model.adversarial else model.generator).trainable_variables
     optimizer.build(variables)
@@ -70,8 +74,8 @@ def looped(model, data):
     @tf.function
     def step(starry, truth):
         with tf.GradientTape() as tape:
-            starless = ops.cast(model(starry, training=True), "float32")
-            loss = sum(weights[name] * term for name, term in model.losses_of(starry, truth, starless).items())
+            images = [ops.cast(image, "float32") for image in model(starry, training=True)]
+            loss = sum(weights[name] * term for name, term in model.losses_of(starry, truth, *images).items())
         optimizer.apply(tape.gradient(loss, variables), variables)
         return loss
 
@@ -88,8 +92,7 @@ def compared(pairs, architecture, settings, steps, adversarial):
     """One line on one kind of step."""
     model = nox.Nox(architecture, settings)
     model.adversarial = adversarial
-    optimizer = nox.TwoRateAdam(model.discriminator.trainable_variables, global_clipnorm=1.0, use_ema=True)
-    model.compile(optimizer=optimizer, jit_compile=False)
+    model.compile(optimizer=new_optimizer(model), jit_compile=False)
     data, one = (kind(pairs, settings, architecture.n_channels, augment=True) for kind in (nox.Pairs, OneBatch))
     data.steps = one.steps = steps
     real, same = fitted(model, data), fitted(model, one)
@@ -112,15 +115,9 @@ def main():
     settings = nox.Training(patch_size=values.patch_size, batch_size=values.batch_size, workers=values.workers)
     with tempfile.TemporaryDirectory() as folder:
         if not values.data:
-            command = [
-                sys.executable,
-                str(ROOT / "GenerateStars.py"),
-                "--imcount=8",
-                "--size=256",
-                "--save-dir",
-                folder,
-            ]
-            subprocess.run(command, check=True, capture_output=True)
+            needed = -(-values.steps * values.batch_size // settings.crops)
+            flags = [f"--imcount={needed}", "--size=256", "--save-dir", folder]
+            subprocess.run([sys.executable, ROOT / "GenerateStars.py", *flags], check=True, capture_output=True)
         pairs = nox.find_pairs(values.data or folder)
         for threads in sorted({1, values.workers}):
             rate = delivered(nox.Pairs(pairs, settings, 3, augment=True), threads, 40)
