@@ -86,7 +86,9 @@ class Training:
     clip: float = setting(1.0, "largest norm of the gradient: one odd batch must not ruin a run")
     warmup: int = setting(200, "steps over which the learning rate rises from nothing")
     l1_weight: float = setting(1.0, "weight of the absolute error, relative to that of changing nothing")
-    star_weight: float = setting(5.0, "how much more star pixels count in it, faint ones the most")
+    star_weight: float = setting(
+        5.0, "how much more star pixels count in it, faint ones the most; knots and galaxies a third"
+    )
     fill_weight: float = setting(5.0, "weight of the fill's squared error: where the gate errs, no hole shall show")
     adversarial_from: int = setting(80, "epoch that brings in the discriminator; before, it costs nothing")
     adversarial_weight: float = setting(0.005, "weight of fooling the discriminator")
@@ -1367,7 +1369,7 @@ class Nox(keras.Model):
 
     def __init__(self, architecture, settings, losses=1):
         """losses: how many, each of a part of the batch, are added up (see all_devices)."""
-        super().__init__(name="nox")
+        super().__init__(name="nox", dtype="float32")  # of bfloat16, it would round the pictures on their way in
         self.settings, self.losses_added = settings, losses
         self.generator = build_generator(architecture)
         fills = [layer.output for layer in self.generator.layers if layer.name == "fill"]

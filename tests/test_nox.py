@@ -472,6 +472,17 @@ def test_bfloat16_rounds_the_network_but_not_the_picture(folder, weights):
     assert 0 < rounding.max() < 0.05
 
 
+def test_training_in_bfloat16_shows_the_network_unrounded_pictures():
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        model = nox.Nox(ARCHITECTURE, nox.Training())
+        starry = batch(1, 32, 32, 3)
+        np.testing.assert_array_equal(model(starry)[0], model.generator(starry))
+        assert not np.array_equal(model(starry)[0], model(nox.ops.cast(starry, "bfloat16"))[0])
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Formulas, against numpy
 # --------------------------------------------------------------------------------------------------------------------
@@ -1358,7 +1369,6 @@ nox.main(nox.parse_arguments(sys.argv[1:]))
 
 def test_two_devices_learn_what_one_does(data, tmp_path):
     """Though the one validation crop does not divide among them."""
-    pytest.importorskip("tensorflow")
     tables = []
     line = ["train", "--data", data, *TINY, "--epochs", 3, "--adversarial-from", 2, "--clip", 0]  # each clips its part
     for count in 1, 2:
@@ -1378,10 +1388,11 @@ def test_two_devices_learn_what_one_does(data, tmp_path):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-3)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TF_CONFIG is TensorFlow's")
-def test_several_machines_are_refused(data, folder, monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["localhost:1", "localhost:2"]}}')
-    assert "TF_CONFIG: Keras cannot train on several machines" in mistake("train", "--data", data, *TINY)
+def test_several_machines_are_refused(data, folder):
+    machines = '{"cluster": {"worker": ["localhost:1", "localhost:2"]}}'
+    result = shell("train", "--data", data, *TINY, KERAS_BACKEND="tensorflow", TF_CONFIG=machines)
+    assert result.returncode == 1
+    assert "TF_CONFIG: Keras cannot train on several machines" in result.stderr
     assert names() == []
 
 
