@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -81,9 +82,10 @@ class Range:
     log: bool = False
 
     def __call__(self, rng, size=None):
-        if self.log:
-            return np.exp(rng.uniform(np.log(self.low), np.log(self.high), size))
-        return rng.uniform(self.low, self.high, size)
+        if not self.log:
+            return rng.uniform(self.low, self.high, size)
+        drawn = np.exp(rng.uniform(np.log(self.low), np.log(self.high), size))
+        return float(drawn) if size is None else drawn  # numpy's own scalar would turn whole float32 images to float64
 
 
 # Stars. A population is drawn with its chance; "faintest" is how far its faintest star stands over the sky once
@@ -108,7 +110,7 @@ POPULATIONS = {
     "dwarfs": Population(0.30, Range(200, 8000, True), Range(0.012, 0.06, True), Range(1, 3), Range(0.8, 1.4), Range(1800, 3600, True)),
     "cluster": Population(0.20, Range(200, 6000, True), Range(0.02, 0.4, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), spread=Range(0.03, 0.25, True)),
     "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
-    "beacons": Population(0.28, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(4, 30, True)),
+    "beacons": Population(0.22, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(4, 30, True)),
 }  # fmt: skip
 STARLESS_CHANCE = 0.05  # no star at all: nothing may be taken
 SPARSE_CHANCE, SPARSE = 0.25, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
@@ -144,7 +146,7 @@ SPIKE_PERIOD = Range(8, 40, True)  # pixels between the colour fringes of a spik
 HALO_CHANCE = 0.5
 HALO_LIGHT = Range(0.01, 0.25, True)  # share of the star's light
 HALO_SCALE = Range(4, 30, True)  # exponential scale in FWHM
-RAYS_CHANCE, RAYS, RAY_COUNT = 0.4, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
+RAYS_CHANCE, RAYS, RAY_COUNT = 0.25, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
 REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.08, Range(0.003, 0.03, True), Range(10, 60, True)
 
@@ -191,6 +193,8 @@ KNOTS = Range(3, 80, True)  # a picture that has any
 GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shoulder: some are burnt out
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
+GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
+ROUND_SIZE, ROUND_HEIGHT = 6, 0.8  # for the same reason, round ones of fewer FWHM (half-light radius) do not burn out
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
 PALETTE = {  # red, green, blue of an emission or a reflection, display colours
@@ -373,7 +377,7 @@ def absorb(rng, image):
     depth = np.float32(rng.uniform(0.5, 4.0)) * dust[..., None]
     shaded = image * np.exp(-depth * np.array([0.7, 1.0, 1.3], np.float32))
     if chance(rng, 0.5):
-        angle = rng.uniform(0, 2 * np.pi)
+        angle = np.float32(rng.uniform(0, 2 * np.pi))
         slope = np.gradient(cv2.GaussianBlur(dust, (0, 0), 2.0))
         rim = (np.cos(angle) * slope[0] + np.sin(angle) * slope[1]).clip(0)
         rim = rim / np.percentile(rim[::4, ::4], 99.5).clip(1e-6)
@@ -394,7 +398,7 @@ def sky_gradient(rng, size):
 
 def large_galaxy(rng, size, fwhm):
     """A spiral or an elliptical galaxy as large as the frame or a part of it, added light of shape (size, size, 3)."""
-    scale, q, angle = size * Range(0.06, 0.5, True)(rng), rng.uniform(0.2, 1.0), rng.uniform(0, np.pi)
+    scale, q, angle = size * Range(0.06, 0.5, True)(rng), rng.uniform(0.2, 1.0), np.float32(rng.uniform(0, np.pi))
     y, x = np.indices((size, size), dtype=np.float32)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
@@ -402,28 +406,30 @@ def large_galaxy(rng, size, fwhm):
     if chance(rng, SPIRAL_CHANCE):
         light = spiral(rng, radius, np.arctan2(v, u), scale, fwhm)
     else:  # one smooth profile, cusped as Sersic's are; a stretched picture shows it flatter than it is
-        profile = np.exp(-((radius / (scale * rng.uniform(0.05, 0.4))) ** np.float32(rng.uniform(0.4, 1))))
+        power = rng.uniform(0.4, 1)
+        core = max(scale * rng.uniform(0.05, 0.4), GALAXY_CORE * fwhm / power)
+        profile = np.exp(-((radius / core) ** np.float32(power)))
         light = cv2.GaussianBlur(profile, (0, 0), fwhm / 2.355)[..., None] * OLD_STARS
     return np.float32(GALAXY_LIGHT(rng)) * light.astype(np.float32)
 
 
-OLD_STARS, YOUNG_STARS = np.array([1.0, 0.85, 0.65]), np.array([0.6, 0.75, 1.0])  # display colours
+OLD_STARS, YOUNG_STARS = np.float32([1.0, 0.85, 0.65]), np.float32([0.6, 0.75, 1.0])  # display colours
 
 
 def spiral(rng, radius, azimuth, scale, fwhm):
     """Light of a spiral galaxy with bulge, disk, arms, dust and HII knots; radius and azimuth in its plane."""
     size = len(radius)
-    winding = rng.integers(1, 4) * (azimuth - np.log(radius) / np.tan(rng.uniform(0.25, 0.7)))
+    winding = int(rng.integers(1, 4)) * (azimuth - np.log(radius) / math.tan(rng.uniform(0.25, 0.7)))
     grain = turbulence(rng, size, 2.2)
     arms = (0.5 + 0.5 * np.cos(winding + 5 * grain)) ** rng.uniform(0.7, 2.5) * (0.3 + grain.clip(0))
     arms = 0.3 + (arms - 0.3) * smoothstep(radius, 0.2 * scale, 1.2 * scale)  # not into the bulge
     disk = np.exp(-radius / scale)
     knots = np.where((turbulence(rng, size, 1.0) > 0.95) & (arms > 0.4), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
-    bulge = np.exp(-radius / (0.15 * scale))
+    bulge = np.exp(-radius / max(0.15 * scale, GALAXY_CORE / 2 * fwhm))
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
     light = (bulge + 0.5 * disk)[..., None] * OLD_STARS + (disk * (0.2 + arms) * dust)[..., None] * YOUNG_STARS
-    light = light + rng.uniform(0, 3) * knots[..., None] * np.array(PALETTE["magenta"])
+    light = light + rng.uniform(0, 3) * knots[..., None] * np.float32(PALETTE["magenta"])
     return light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm)
 
 
@@ -435,18 +441,22 @@ def galaxy_field(rng, size, fwhm):
     for _ in range(rng.integers(15, 50) if crowded else rng.integers(2, 30)):
         least = max(fwhm * GALAXY_SIZE(rng), 2.0)
         r_eff = least * max(1.0, size / 12 / least) ** (rng.random() ** 2)  # most are small
-        ellipticity = rng.uniform(0.1, 0.75) if r_eff > 2 * fwhm else rng.uniform(0.4, 0.75)
+        wide = r_eff / fwhm
+        ellipticity = rng.uniform(0.1 if wide > 2 else 0.4, 0.75)
+        height = GALAXY_HEIGHT(rng)
+        if ellipticity < 0.3 and wide < ROUND_SIZE:
+            height = min(height, ROUND_HEIGHT)
         reach = int(min(size, 6 * r_eff + 8))
         x, y = rng.normal(middle, spread) if crowded else rng.uniform(0, size, 2)
         if not (0 <= x < size and 0 <= y < size):
             continue
         rows, columns = (slice(max(int(c) - reach, 0), min(int(c) + reach + 1, size)) for c in (y, x))
         yy, xx = np.mgrid[rows, columns]
-        index = rng.uniform(0.7, 4.0) if r_eff > 2 * fwhm else rng.uniform(0.6, 1.3)  # disks, and cusps where they show
+        index = rng.uniform(0.7, 4.0) if wide > 2 else rng.uniform(0.6, 1.3)  # disks, and cusps where they show
         profile = SERSIC.evaluate(xx, yy, 1, r_eff, index, x, y, ellipticity, rng.uniform(0, np.pi))
         profile = cv2.GaussianBlur(profile.astype(np.float32), (0, 0), fwhm / 2.355)
         profile *= 1 - smoothstep(np.hypot(xx - x, yy - y), 0.6 * reach, reach - 1)  # no square is seen
-        profile *= GALAXY_HEIGHT(rng) / profile.max()
+        profile *= height / profile.max()
         warm = rng.uniform(0, 0.5) * (1 if crowded else rng.choice([-1, 1]))
         color = 1 + warm * np.array([0.5, 0.0, -0.5], np.float32)
         light[rows, columns] += profile[..., None] * color
@@ -474,17 +484,18 @@ def blobs(rng, size, fwhm):
     return light * (0.15 + gas(rng, size)[..., None])  # torn, not round
 
 
-def globular(rng, size):
+def globular(rng, size, fwhm):
     """The unresolved light of a globular cluster, King's profile without its edge; shape (size, size, 3)."""
     y, x = np.indices((size, size), dtype=np.float32)
-    radius = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size)) / (size * rng.uniform(0.02, 0.08))
+    core = max(size * rng.uniform(0.02, 0.08), GALAXY_CORE * fwhm)
+    radius = np.hypot(x - rng.uniform(0, size), y - rng.uniform(0, size)) / core
     return rng.uniform(0.1, 0.8) / (1 + radius**2)[..., None] * np.array([1.0, 0.9, 0.75], np.float32)
 
 
 def comet(rng, size, fwhm):
     """Coma and tail of a comet without its star-like nucleus, added light of shape (size, size, 3)."""
     y, x = np.indices((size, size), dtype=np.float32)
-    angle, head = rng.uniform(0, 2 * np.pi), fwhm * rng.uniform(2, 8)
+    angle, head = np.float32(rng.uniform(0, 2 * np.pi)), fwhm * rng.uniform(3, 8)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
     along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
     across = across + head * (turbulence(rng, size, 3.0) - 0.5)  # streamers
@@ -515,7 +526,7 @@ def painted_sky(rng, size, fwhm):
     if chance(rng, KNOT_CHANCE):
         image = image + blobs(rng, size, fwhm)
     if chance(rng, GLOBULAR_CHANCE):
-        image = image + globular(rng, size)
+        image = image + globular(rng, size, fwhm)
     if chance(rng, COMET_CHANCE):
         image = image + comet(rng, size, fwhm)
     return (1 - np.exp(-image.clip(0))).astype(np.float32)  # a shoulder: nothing of it is cut off at white
@@ -971,7 +982,7 @@ def noise_layer(rng, linear, sigma, photon, color):
     shape = linear.shape
     grain = rng.standard_normal(shape, np.float32)
     chroma = CHROMA(rng) if color else 0.0
-    grain = np.sqrt(chroma) * grain + np.sqrt(1 - chroma) * rng.standard_normal((*shape[:2], 1), np.float32)
+    grain = chroma**0.5 * grain + (1 - chroma) ** 0.5 * rng.standard_normal((*shape[:2], 1), np.float32)
     if chance(rng, CORRELATION_CHANCE):
         grain = cv2.GaussianBlur(grain, (0, 0), CORRELATION(rng))
         grain /= grain[::3, ::3].std()
@@ -988,10 +999,10 @@ def noise_layer(rng, linear, sigma, photon, color):
     return layer.astype(np.float32)
 
 
-def own_noise(rng, light, electron):
+def own_noise(rng, light, electron, sky):
     """The stars' own photon noise: their light counted in photons of `electron` linear units each."""
     counted = light.copy()
-    some = (light > 0) & (light < 4)  # beyond is far into saturation
+    some = (light > 0.02 * sky) & (light < 4)  # what is fainter raises the sky's own noise by 1%; beyond is saturated
     counted[some] = apply_poisson_noise(light[some] / electron, seed=int(rng.integers(2**31))) * electron
     return counted
 
@@ -1038,7 +1049,7 @@ def expose(rng, sky, optics, color):
     noise = noise_layer(rng, linear, sigma, photon, color)
     electron = min(photon * sigma**2 / median, sigma)  # the sky's shot noise tells what one photon is worth
     if chance(rng, GLOW_CHANCE) and electron > 1e-12:
-        light = own_noise(rng, light if color else light[..., :1], electron)
+        light = own_noise(rng, light if color else light[..., :1], electron, median)
     if chance(rng, BLEED_CHANCE):
         bleed(rng, light, stars, peak)
     dark = forward((linear + noise).clip(0, 1))

@@ -250,7 +250,7 @@ def test_catalogue_tells_where_the_light_is(resized, monkeypatch):
 
 def test_star_noise_is_poissons_at_the_asked_gain():
     light = np.full((200, 200, 3), 0.5, np.float32)
-    noisy = gs.own_noise(np.random.default_rng(0), light, electron=1e-3)
+    noisy = gs.own_noise(np.random.default_rng(0), light, electron=1e-3, sky=1e-3)
     assert noisy.mean() == pytest.approx(0.5, rel=0.01)
     assert noisy.var() == pytest.approx(0.5 * 1e-3, rel=0.03)
 
