@@ -159,7 +159,7 @@ MONO_CHANCE = 0.15  # grey pictures among the colour pairs
 
 # Exposure and stretch.
 SCREEN_CHANCE = 0.25  # stretched stars screen-blended, the original way; else linear light is added
-MIDTONES = Range(0.003, 0.25, True)  # of the midtones transfer function: 0.003 deep stretch, 0.25 gentle
+MIDTONES = Range(0.0006, 0.25, True)  # of the midtones transfer function: 0.0006 deep stretch, 0.25 gentle
 UNLINKED_CHANCE, UNLINKED = 0.15, Range(0.5, 2.0, True)  # midtones of each channel over their common value
 STRETCH_SHARES = {"mtf": 0.55, "asinh": 0.22, "hyperbolic": 0.23}
 LOCAL_INTENSITY = Range(0.6, 5.0, True)  # |b| of the generalised hyperbolic stretch, of either sign
@@ -194,6 +194,7 @@ GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shou
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
+ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
 ROUND_SIZE, ROUND_HEIGHT = 6, 0.8  # for the same reason, round ones of fewer FWHM (half-light radius) do not burn out
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
@@ -398,12 +399,14 @@ def sky_gradient(rng, size):
 
 def large_galaxy(rng, size, fwhm):
     """A spiral or an elliptical galaxy as large as the frame or a part of it, added light of shape (size, size, 3)."""
-    scale, q, angle = size * Range(0.06, 0.5, True)(rng), rng.uniform(0.2, 1.0), np.float32(rng.uniform(0, np.pi))
+    scale, angle = size * Range(0.06, 0.5, True)(rng), np.float32(rng.uniform(0, np.pi))
+    arms = chance(rng, SPIRAL_CHANCE)
+    q = rng.uniform(0.2, 1.0 if arms else ROUNDEST)
     y, x = np.indices((size, size), dtype=np.float32)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
     radius = np.hypot(u, v) + 0.5
-    if chance(rng, SPIRAL_CHANCE):
+    if arms:
         light = spiral(rng, radius, np.arctan2(v, u), scale, fwhm)
     else:  # one smooth profile, cusped as Sersic's are; a stretched picture shows it flatter than it is
         power = rng.uniform(0.4, 1)
@@ -442,9 +445,9 @@ def galaxy_field(rng, size, fwhm):
         least = max(fwhm * GALAXY_SIZE(rng), 2.0)
         r_eff = least * max(1.0, size / 12 / least) ** (rng.random() ** 2)  # most are small
         wide = r_eff / fwhm
-        ellipticity = rng.uniform(0.1 if wide > 2 else 0.4, 0.75)
+        ellipticity = rng.uniform(1 - ROUNDEST if wide > 2 else 0.4, 0.75)
         height = GALAXY_HEIGHT(rng)
-        if ellipticity < 0.3 and wide < ROUND_SIZE:
+        if ellipticity < 0.35 and wide < ROUND_SIZE:
             height = min(height, ROUND_HEIGHT)
         reach = int(min(size, 6 * r_eff + 8))
         x, y = rng.normal(middle, spread) if crowded else rng.uniform(0, size, 2)
