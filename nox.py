@@ -256,6 +256,12 @@ with silenced():
     import keras
     from keras import layers, ops
 
+if keras.backend.backend() == "openvino":
+    import openvino
+
+    # by itself it computes in bfloat16 where the CPU can: local contrast, too, and then stars stay (31 steps of 8 bits)
+    openvino.compile_model = functools.partial(openvino.compile_model, config={"INFERENCE_PRECISION_HINT": "f32"})
+
 # --------------------------------------------------------------------------------------------------------------------
 # Pictures: pixels in the file's own units, images for the network
 # --------------------------------------------------------------------------------------------------------------------
@@ -1992,10 +1998,14 @@ def stretch_for(picture, settings):
         return fit_stretch(picture, settings.shadows, settings.target, settings.linked)
 
 
+HALF_LEVEL = 0.5 / 255  # of the display's 8 bits: what takes less light was no star in the pairs either
+
+
 def starlight(picture, stretch, settings, title, load):
     """(rows, the light of the stars in them, an image) from the top of a picture to its bottom.
 
-    load: load_generator, or one that remembers. No light is taken where the picture is transparent.
+    load: load_generator, or one that remembers. No light is taken where the picture is transparent, nor where there is
+    too little to see: a gate is seldom shut to the last bit, and pixels of more than 8 bits would show that.
     """
     height, width, given = picture.pixels.shape
     weights = weights_for(settings, given)
@@ -2017,6 +2027,7 @@ def starlight(picture, stretch, settings, title, load):
     for rows, light in found:
         image = look(rows)
         np.clip(light, image - 1, image, out=light)  # what remains lies in 0..1
+        light[np.abs(light).max(axis=2) < HALF_LEVEL] = 0
         light *= np.float32(settings.strength)
         if picture.alpha is not None:
             light[picture.alpha[rows] == 0] = 0

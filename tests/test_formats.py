@@ -401,6 +401,15 @@ def test_a_constant_picture_stays_finite(value, linear, subtract):
     assert np.all(np.isfinite(tifffile.imread("starless.tif")))
 
 
+@pytest.mark.parametrize("linear", ["yes", "no"])
+@pytest.mark.parametrize("levels, stays", [(0.4, True), (-0.4, True), (0.6, False)])
+def test_light_below_half_a_grey_level_is_not_taken(levels, stays, linear, subtract):
+    pixels = noise(30, 40, 3, "uint16") // 2 + 20000
+    write("in.png", pixels)
+    subtract(levels / 255, "in.png", "--linear", linear)
+    assert np.array_equal(read("starless.png"), pixels) == stays
+
+
 def test_no_light_is_taken_where_a_picture_is_transparent(subtract):
     pixels = noise(30, 40, 4, "uint16")
     pixels[5:20, 5:20, 3], pixels[20:, :, 3] = 0, 1
@@ -497,7 +506,10 @@ def test_linear_data_lose_what_the_network_takes_from_their_stretched_picture(dt
     stretch = nox.fit_stretch(nox.Picture(x.astype("float32")), -0.05, 0.1875, False)
     clipped = x <= stretch.shadows
     assert same_bits(new[clipped], pixels[clipped]) and 0.05 < clipped.mean() < 0.5
-    expected = stretch.inverse((stretch.forward(x) - 0.01).clip(0)) * (1 if dtype == "float32" else 65535)
+    shown = stretch.forward(x)
+    light = np.minimum(shown, 0.01)
+    light[light.max(axis=2) < nox.HALF_LEVEL] = 0
+    expected = stretch.inverse(shown - light) * (1 if dtype == "float32" else 65535)
     np.testing.assert_allclose(new[~clipped], expected[~clipped], atol=1e-6 if dtype == "float32" else 0.5001)
 
 

@@ -1,13 +1,17 @@
 """How fast nox.py infer is, beside the original's way, the machine's peak and the bare import of TensorFlow.
 
     python tests/benchmarks/infer.py [--size 1024] [--corner 512] [--repeat 3] [--patch-sizes 512 1024 2048]
+                                     [--backends openvino torch jax]
 
 The original's way: its network (StarNet's, width 64, here with random weights), model.predict on batches of 6 patches of
 512 pixels, of which the middle 128 are kept; it sees a corner of the picture. All is measured in one run, on one
-generated picture.
+generated picture. In the end a table tells for this backend and for each of the others, in a process of its own, the
+time, the ratio to the original's way and by how much its picture differs from this backend's.
 """
 
 import argparse
+import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -82,12 +86,42 @@ def command(line):
     subprocess.run([sys.executable, *map(str, line)], check=True, capture_output=True)
 
 
+def time_ours(image, repeat):
+    """(light, seconds a megapixel, seconds of the first call, which compiles) of nox on this process's backend."""
+    ours = *nox.load_generator(ROOT / nox.weights_name(3)), image, nox.Inference()
+    first = seconds(nox.stellar_light, *ours)
+    again = seconds(nox.stellar_light, *ours, repeat=repeat)
+    return nox.stellar_light(*ours), again / image[..., 0].size * 1e6, first
+
+
+OURS = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+import infer
+light, pace, first = infer.time_ours(np.load(sys.argv[2]), int(sys.argv[3]))
+np.savez(sys.argv[2] + ".npz", light=light, pace=pace, first=first)
+"""
+
+
+def time_elsewhere(backend, image, repeat):
+    """time_ours on another backend."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.npy"
+        np.save(path, image)
+        line = [sys.executable, "-c", OURS, Path(__file__).parent, path, repeat]
+        subprocess.run([*map(str, line)], check=True, capture_output=True, env=os.environ | {"KERAS_BACKEND": backend})
+        with np.load(f"{path}.npz") as found:
+            return found["light"], float(found["pace"]), float(found["first"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--size", type=int, default=1024, help="side of the picture")
     parser.add_argument("--corner", type=int, default=512, help="side of the part for the original's way")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of which the shortest counts")
     parser.add_argument("--patch-sizes", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--backends", nargs="*", default=[], help="other backends to time as well")
     values = parser.parse_args()
     settings = nox.Inference()
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +136,7 @@ def main():
         for name, line in lines.items():
             print(f"{name}: {seconds(command, line, repeat=values.repeat):.2f} s", flush=True)
         image = nox.read_picture(source).image()
-    generator, architecture = nox.load_generator(ROOT / nox.weights_name(3))
+    generator, _ = nox.load_generator(ROOT / nox.weights_name(3))
 
     top = peak()
     print(f"{backend}, float32 peak of a matrix product: {top / 1e9:.0f} GFLOP/s")
@@ -116,15 +150,20 @@ def main():
             flush=True,
         )
 
-    ours = generator, architecture, image, settings
-    nox.stellar_light(*ours)  # compiles
-    new = seconds(nox.stellar_light, *ours, repeat=values.repeat) / image[..., 0].size * 1e6
     model = nox.build_generator(nox.Architecture("starnet", width=64))
     model.predict(np.zeros((BATCH, PATCH, PATCH, 3), np.float32), verbose=0)
     corner = image[: values.corner, : values.corner]
     old = seconds(original_way, model, corner) / corner[..., 0].size * 1e6
     print(f"the original's way: {old:.1f} s/MP ({operations(model) / 1e3 * (PATCH / STRIDE) ** 2:.0f} GFLOP/MP)")
-    print(f"ours, patch {settings.patch_size}, stride {settings.stride}: {new:.2f} s/MP; ratio {old / new:.0f}")
+    print(f"\nours, patch {settings.patch_size}, stride {settings.stride}:\n")
+    print("| backend | s/MP | first picture, s | ratio | largest difference, steps of 8 bits |\n|---|---|---|---|---|")
+    truth, *times = time_ours(image, values.repeat)
+    rows = itertools.chain(
+        [(backend, truth, *times)], ((name, *time_elsewhere(name, image, values.repeat)) for name in values.backends)
+    )
+    for name, light, pace, first in rows:
+        numbers = f"{pace:.2f} | {first:.1f} | {old / pace:.0f} | {255 * np.abs(light - truth).max():.4f}"
+        print(f"| {name} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":
