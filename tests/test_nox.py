@@ -897,15 +897,36 @@ def test_a_batch_is_the_same_for_the_same_seed_and_epoch(channels, data):
     np.testing.assert_array_equal(later, batches[1][0])
 
 
-def test_augmentation_leaves_both_pictures_the_same_but_for_the_stars():
-    starless = batch(8, 16, 16, 3) * 0.5
-    stars = np.zeros((16, 16, 1), np.float32)
-    stars[4:6, 4:6] = 0.4
-    starry = starless + stars
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_augmentation_leaves_both_pictures_the_same_but_for_the_stars(dtype):
+    starless = (batch(8, 16, 16, 3) * 128).astype(dtype)
+    starless[:, 8:10, 8:10] = np.iinfo(dtype).max  # burnt out without a star
+    starry = starless.copy()
+    starry[:, 4:6, 4:6] += 100
     for seed in range(10):
-        new_starry, new_starless = nox.augmented(np.random.default_rng(seed), starry, starless)
+        new_starry, new_starless = nox.augmented(np.random.default_rng(seed), list(zip(starry, starless)))
         differ = (new_starry != new_starless).any(axis=(0, 3))
         assert differ[4:6, 4:6].all() and differ.sum() == 4
+
+
+def test_crops_lie_in_all_eight_ways():
+    square = noise(5, 5, 3)
+    ways = {nox.laid(square, way).tobytes() for way in range(8)}
+    turned = [np.rot90(side, turns) for side in (square, square[:, ::-1]) for turns in range(4)]
+    assert ways == {np.ascontiguousarray(image).tobytes() for image in turned}
+
+
+def test_pairs_are_decoded_once_as_far_as_they_fit_the_cache(data, monkeypatch):
+    pairs, decoded = nox.find_pairs(data), []
+    original = nox.read_pair
+    monkeypatch.setattr(nox, "read_pair", lambda paths, n: decoded.append(paths) or original(paths, n))
+    size, seen = 2 * 48 * 48 * 3, []
+    for room, expected in (0, 12), (3 * size, 9), (6 * size, 6):
+        batches = nox.Pairs(pairs, nox.Training(patch_size=32, batch_size=4, cache=room / 2**30), 3, True)
+        seen.append([batches[i] for i in range(2 * batches.steps)])
+        assert len(decoded) == expected and set(decoded) == set(pairs)
+        np.testing.assert_array_equal(seen[-1], seen[0])
+        decoded.clear()
 
 
 @pytest.mark.parametrize("size", [16, 32, 50])
@@ -1273,7 +1294,7 @@ def test_a_pair_that_breaks_during_training_is_named_and_the_last_epoch_kept(dat
                 path.write_bytes(path.read_bytes()[:100])
 
     monkeypatch.setattr(nox.History, "on_epoch_begin", on_epoch_begin)
-    message = mistake("train", "--data", "pairs", *TINY, "--epochs", 3, "--batch-size", 1, "--crops", 12)
+    message = mistake("train", "--data", "pairs", *TINY, "--epochs", 3, "--batch-size", 1, "--crops", 12, "--cache", 0)
     assert re.fullmatch(r"nox.py: pairs/y\d.png: not a picture that can be read", message)
     assert pd.read_csv("history.csv")["epoch"].tolist() == [0]
 

@@ -2,13 +2,16 @@
 
     python tests/benchmarks/train.py [--width 16] [--patch-size 128] [--batch-size 4] [--steps 8] [--workers 2] [--data DIR]
 
-Prints how many crops a second the pairs alone deliver and, for L1 alone and with the adversary, in float32 and bfloat16:
-crops a second of nox.py's own fit, of the same fit on one batch again and again (the difference is time spent waiting
-for pairs), and on TensorFlow of a bare GradientTape loop of the same networks and loss, which reports nothing. Makes
-pairs with GenerateStars.py unless --data names a folder of them.
+Prints how many crops a second the pairs alone deliver, decoded anew and from memory, and how long a step would wait for
+them that does 500 crops a second without the CPU, as a fast GPU does. Then, for L1 alone and with the adversary, in
+float32 and bfloat16: crops a second of nox.py's own fit, of the same fit on one batch again and again (the difference
+is time lost to the pairs), and on TensorFlow of a bare GradientTape loop of the same networks and loss, which reports
+nothing. Makes pairs with GenerateStars.py unless --data names a folder of them.
 """
 
 import argparse
+import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,28 +35,56 @@ class OneBatch(nox.Pairs):
 
 
 class Clock(keras.callbacks.Callback):
-    """Seconds of the last epoch; the ones before compile and fill the queue."""
+    """Seconds of the fastest epoch after the first, which compiles, decodes and fills the queue."""
+
+    seconds = float("inf")
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        self.seconds = time.perf_counter() - self.start
+        if epoch:
+            self.seconds = min(self.seconds, time.perf_counter() - self.start)
 
 
-def delivered(data, threads, batches):
-    """Crops a second of the pairs alone."""
-    data[0]
+def delivered(data, threads, batches=64, rate=None):
+    """(crops a second, share of the time spent waiting) of someone who takes so many batches, read ahead as by Keras.
+
+    rate: crops a second of a step without the CPU, which follows each batch.
+    """
+    size, waited, begin = data.settings.batch_size, 0, time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        start = time.perf_counter()
-        list(pool.map(data.__getitem__, range(batches)))
-        return batches * data.settings.batch_size / (time.perf_counter() - start)
+        ahead = [pool.submit(data.__getitem__, i) for i in range(data.max_queue_size)]
+        for i in range(batches):
+            start = time.perf_counter()
+            ahead[i].result()
+            waited += time.perf_counter() - start
+            ahead[i] = None
+            ahead.append(pool.submit(data.__getitem__, len(ahead)))
+            time.sleep(size / rate if rate else 0)
+        seconds = time.perf_counter() - begin
+    return batches * size / seconds, waited / seconds
+
+
+def print_delivered(pairs, settings, rate=500):
+    """A line for each number of threads, without and with the cache."""
+    for threads in sorted({1, settings.workers}):
+        for cache in 0, settings.cache:
+            data = nox.Pairs(pairs, dataclasses.replace(settings, cache=cache), 3, augment=True)
+            for i in range(data.steps if cache else 1):
+                data[i]
+            crops, (reached, waits) = delivered(data, threads)[0], delivered(data, threads, rate=rate)
+            line = (
+                f"{threads} threads on {len(os.sched_getaffinity(0))} cores, {'from memory' if cache else 'decoding'}"
+            )
+            step = f"a step at {rate} crops/s waits {waits:.1%} of the time and reaches {reached:.0f}"
+            print(f"pairs alone, {line}: {crops:.0f} crops/s; {step}", flush=True)
 
 
 def fitted(model, data):
     """Crops a second of nox.py's own fit."""
     clock = Clock()
-    nox.fit(model, data, None, epochs=2, callbacks=[clock], verbose=0)
+    nox.fit(model, data, None, epochs=4, callbacks=[clock], verbose=0)
     return data.steps * data.settings.batch_size / clock.seconds
 
 
@@ -81,11 +112,14 @@ def looped(model, data):
 
     batch = [tf.constant(part) for part in data[0]]
     step(*batch).numpy()
-    start = time.perf_counter()
-    for _ in range(data.steps):
-        loss = step(*batch)
-    loss.numpy()  # a GPU may still be at work
-    return data.steps * settings.batch_size / (time.perf_counter() - start)
+    seconds = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(data.steps):
+            loss = step(*batch)
+        loss.numpy()  # a GPU may still be at work
+        seconds = min(seconds, time.perf_counter() - start)
+    return data.steps * settings.batch_size / seconds
 
 
 def compared(pairs, architecture, settings, steps, adversarial):
@@ -96,7 +130,7 @@ def compared(pairs, architecture, settings, steps, adversarial):
     data, one = (kind(pairs, settings, architecture.n_channels, augment=True) for kind in (nox.Pairs, OneBatch))
     data.steps = one.steps = steps
     real, same = fitted(model, data), fitted(model, one)
-    line = f"fit {real:.2f} crops/s, on one batch {same:.2f}: waits for pairs {max(0, 1 - real / same):.0%} of the time"
+    line = f"fit {real:.2f} crops/s, on one batch {same:.2f}: loses to the pairs {1 - real / same:.1%} of the time"
     if keras.backend.backend() == "tensorflow":
         loop = looped(model, one)
         line += f"; bare loop {loop:.2f}, of which fit on one batch is {same / loop:.2f}"
@@ -108,7 +142,7 @@ def main():
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--patch-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8, help="that are timed, after as many that are not")
+    parser.add_argument("--steps", type=int, default=8, help="of an epoch; the fastest of three is told")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--data", help="a folder of pairs instead of fresh ones")
     values = parser.parse_args()
@@ -119,9 +153,7 @@ def main():
             flags = [f"--imcount={needed}", "--size=256", "--save-dir", folder]
             subprocess.run([sys.executable, ROOT / "GenerateStars.py", *flags], check=True, capture_output=True)
         pairs = nox.find_pairs(values.data or folder)
-        for threads in sorted({1, values.workers}):
-            rate = delivered(nox.Pairs(pairs, settings, 3, augment=True), threads, 40)
-            print(f"pairs alone, {threads} threads: {rate:.0f} crops/s", flush=True)
+        print_delivered(pairs, settings)
         for policy in "float32", "mixed_bfloat16":
             keras.config.set_dtype_policy(policy)
             for adversarial in False, True:
