@@ -1389,8 +1389,14 @@ def qualities(starry, truth, starless, compared=None):
     }
 
 
+def distance(features, others):
+    """Mean absolute difference, added up in float32: the networks may be of bfloat16."""
+    return ops.mean(ops.cast(ops.abs(features - others), "float32"))
+
+
 def cross_entropy(logits, real):
     """Binary cross-entropy of logits against all real or all fake."""
+    logits = ops.cast(logits, "float32")
     return ops.mean(ops.softplus(-logits if real else logits))
 
 
@@ -1439,12 +1445,12 @@ class Nox(keras.Model):
         if self.adversarial:
             *fake, fake_logits = frozen(self.discriminator, starless)
             *real, _ = frozen(self.discriminator, truth)
-            terms["features"] = sum(ops.mean(ops.abs(f - r)) for f, r in zip(fake, real))
+            terms["features"] = sum(map(distance, fake, real))
             terms["adversarial"] = cross_entropy(fake_logits, True)
             seen_fake, seen_real = self.discriminator(ops.stop_gradient(starless))[-1], self.discriminator(truth)[-1]
             terms["discriminator"] = (cross_entropy(seen_fake, False) + cross_entropy(seen_real, True)) / 2
         if self.vgg:
-            terms["vgg"] = ops.mean(ops.abs(self.vgg(starless) - self.vgg(truth)))
+            terms["vgg"] = distance(self.vgg(starless), self.vgg(truth))
         return terms
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -1160,14 +1159,19 @@ def state(folder):
     return file.name, arrays
 
 
-def test_a_run_interrupted_and_resumed_equals_one_that_was_not(whole, resumed):
-    ours, theirs = (pd.read_csv(folder / "history.csv") for folder, _ in (whole, resumed))
+def assert_same_run(*folders):
+    """That two runs came to the same history and the same last state."""
+    ours, theirs = (pd.read_csv(folder / "history.csv") for folder in folders)
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4)
-    (name, arrays), (other_name, others) = state(whole[0]), state(resumed[0])
+    (name, arrays), (other_name, others) = map(state, folders)
     assert name == other_name == "epoch8.weights.h5"
     assert arrays.keys() == others.keys() and len(arrays) > 50
     for key, array in arrays.items():
         np.testing.assert_allclose(others[key], array, atol=1e-4, err_msg=key)
+
+
+def test_a_run_interrupted_and_resumed_equals_one_that_was_not(whole, resumed):
+    assert_same_run(whole[0], resumed[0])
 
 
 def test_another_learning_rate_takes_effect_when_a_run_goes_on(whole, data, tmp_path):
@@ -1304,57 +1308,60 @@ def test_a_pair_that_breaks_during_training_is_named_and_the_last_epoch_kept(dat
 # --------------------------------------------------------------------------------------------------------------------
 
 
+STOPPED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from conftest import run
+name, number, *line = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background processes ignore it
+def stop(event, names):
+    if event in ("os.rename", "os.remove") and name in map(str, names):
+        if event == "os.rename":
+            os.truncate(names[0], os.path.getsize(names[0]) // 2)
+        os.kill(os.getpid(), int(number))
+sys.addaudithook(stop)
+run(*line)
+"""
+
+
 @pytest.fixture(scope="module")
 def survivor(data, tmp_path_factory):
-    """(folder, standard error, status) of a run killed at random moments, then ended by Ctrl-C, all while it saves."""
-    folder, moments = tmp_path_factory.mktemp("survivor"), random.Random()
-    line = [sys.executable, str(ROOT / "nox.py"), "train", "--data", str(data), *TINY, "--epochs", "100000"]
-    done = 0
-    for how in signal.SIGKILL, signal.SIGKILL, signal.SIGINT:
-        with open(folder / "stderr", "w+") as errors:
-            process = subprocess.Popen(
-                line, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors, preexec_fn=heed_interrupts
-            )
-            until = time.monotonic() + 100
-            while epochs(folder) <= done and time.monotonic() < until and process.poll() is None:
-                time.sleep(0.02)
-            time.sleep(moments.uniform(0, 0.6))
-            process.send_signal(how)
-            status = process.wait(timeout=60)
-            errors.seek(0)
-            message = errors.read()
-        done = epochs(folder)
-    (folder / "stderr").unlink()
-    return folder, message, status
+    """(folder, what each attempt ended with) of a run stopped at each step of saving: a file half written, the next to go.
 
-
-def heed_interrupts():
-    """Let a new process be interrupted, though a test run in the background of a script ignores it and hands that on."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def epochs(folder):
-    """Epochs that a run's last state has behind it."""
-    return max(nox.Checkpoint(folder / "checkpoint" / "generator_color").files(), default=0)
+    Each attempt goes on where the last one was killed; the very last is interrupted, and the run then ends in peace.
+    """
+    folder, ends = tmp_path_factory.mktemp("survivor"), []
+    states = [f"checkpoint/generator_color/epoch{done}.weights.h5" for done in range(3)]
+    names = [
+        states[0],
+        "history.csv",
+        states[1],
+        states[0],
+        "checkpoint/generator_color/run.json",
+        "generator_color.h5",
+    ]
+    script = STOPPED.format(tests=str(ROOT / "tests"))
+    for name, how in *((name, signal.SIGKILL) for name in names), ("history.csv", signal.SIGINT):
+        line = [sys.executable, "-uc", script, name, str(int(how)), "train", "--data", str(data), *RUN]
+        ends.append(subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=200))
+    with contextlib.chdir(folder):
+        run("train", "--data", data, *RUN)
+    return folder, ends
 
 
 def test_ctrl_c_ends_with_one_line(survivor):
-    _, message, status = survivor
-    assert message.strip() == "nox.py: interrupted; the same command goes on from the last epoch"
-    assert status == 1
+    *_, end = survivor[1]
+    assert end.stderr.strip() == "nox.py: interrupted; the same command goes on from the last epoch"
+    assert end.returncode == 1
 
 
-def test_a_run_killed_at_any_moment_goes_on_from_its_last_epoch(survivor, data, capsys):
-    folder, _, _ = survivor
-    done = epochs(folder)
-    assert done >= 3
-    with contextlib.chdir(folder):
-        run("train", "--data", data, *TINY, "--epochs", done + 2)
-    assert f"{done} of {done + 2} epochs done" in capsys.readouterr().out
-    assert pd.read_csv(folder / "history.csv")["epoch"].tolist() == list(range(done + 2))
-    assert names(folder / "checkpoint" / "generator_color")[0] == f"epoch{done + 2}.weights.h5"
-    assert not [name for name in names(folder) if ".1." in name]
-    assert nox.load_generator(folder / "generator_color.h5")[1] == ARCHITECTURE
+def test_a_run_killed_at_each_step_of_saving_equals_one_that_was_not(survivor, whole):
+    folder, ends = survivor
+    assert [end.returncode for end in ends[:-1]] == [-signal.SIGKILL] * 6
+    done = [re.search(r"(\d) of 8 epochs done", end.stdout) for end in ends]
+    assert [match and int(match[1]) for match in done] == [None, 0, 0, 0, 1, 2, 2]
+    assert_same_run(folder, whole[0])
+    assert [name for name in names(folder) if not name.startswith(".")] == names(whole[0])
 
 
 def test_infer_shows_its_bar_and_nothing_else(folder, weights):
