@@ -1374,10 +1374,10 @@ def masked_psnr(starless, truth, mask):
     return -10 * ops.log10(ops.maximum(error, 1e-10))
 
 
-def qualities(starry, truth, starless, compared=None):
+def qualities(starry, truth, starless, compared=...):
     """What is reported but not trained for: PSNR in dB of whole images, of star pixels and of the others, and SSIM.
 
-    compared: of how many images the SSIM is taken; that of all is a tenth of a training step (measured).
+    compared: the part whose SSIM is taken; that of one small crop was already a tenth of a training step (measured).
     """
     stars = ops.cast(ops.any(starry != truth, axis=-1, keepdims=True), "float32")
     each = ops.mean(ops.square(starless - truth), axis=(1, 2, 3))
@@ -1385,7 +1385,7 @@ def qualities(starry, truth, starless, compared=None):
         "psnr": ops.mean(-10 * ops.log10(ops.maximum(each, 1e-10))),
         "psnr_stars": masked_psnr(starless, truth, stars),
         "psnr_background": masked_psnr(starless, truth, 1 - stars),
-        "ssim": ops.mean(ops.image.ssim(starless[:compared], truth[:compared])),
+        "ssim": ops.mean(ops.image.ssim(starless[compared], truth[compared])),
     }
 
 
@@ -1465,7 +1465,7 @@ class Nox(keras.Model):
             "vgg": s.vgg_weight,
         }
         generator = sum(weights[name] * value for name, value in terms.items() if name in weights) + sum(self.losses)
-        found = qualities(x, y, ops.stop_gradient(starless), compared=1 if training else None)
+        found = qualities(x, y, ops.stop_gradient(starless), compared=np.s_[:1, :64, :64] if training else ...)
         for name, value in {"generator": generator, **terms, **found}.items():
             self.trackers[name].update_state(value)
         if self.adversarial:
@@ -1793,6 +1793,9 @@ def write_plot(path, table):
 # Train
 # --------------------------------------------------------------------------------------------------------------------
 
+# JAX would run each operation of a step by itself; TensorFlow is slower so on CPUs, and torch did not finish a step
+JIT = keras.backend.backend() == "jax"
+
 
 def set_aside(path):
     """Rename a file that this run did not write to the first free name, with one line that says so."""
@@ -1898,7 +1901,7 @@ def train_within(architecture, settings, devices, losses):
         global_clipnorm=settings.clip or None, beta_2=0.999,
         use_ema=settings.weight_ema > 0, ema_momentum=settings.weight_ema or 0.99,
     )  # fmt: skip
-    model.compile(optimizer=optimizer, jit_compile=False)
+    model.compile(optimizer=optimizer, jit_compile=JIT)
     optimizer.build(model.trainable_variables)  # now, or TensorFlow traces the first step twice
     if not checkpoint.files():
         checkpoint.save(model, 0)  # at once: the weights it starts from may just have been renamed
@@ -1916,7 +1919,7 @@ def train_within(architecture, settings, devices, losses):
     print(f"{len(pairs)} pairs to train on, {len(held)} to judge by, {start} of {settings.epochs} epochs done")
     for last, model.adversarial in ((min(settings.adversarial_from, settings.epochs), False), (settings.epochs, True)):
         if start < last:
-            model.compile(optimizer=optimizer, jit_compile=False)  # the step is built anew, with or without adversary
+            model.compile(optimizer=optimizer, jit_compile=JIT)  # the step is built anew, with or without adversary
             data.start = start
             fit(model, data, check, initial_epoch=start, epochs=last, callbacks=callbacks)
             start = last

@@ -1384,31 +1384,35 @@ def test_weights_missing_beside_the_script_are_named(folder):
     assert names() == ["a.png", "alone"]
 
 
-TWO_DEVICES = """
+DEVICES = """
 import sys
 sys.path.insert(0, {root!r})
-import tensorflow as tf
-parts = [tf.config.LogicalDeviceConfiguration()] * {count}
-tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
+if {backend!r} == "tensorflow":
+    import tensorflow as tf
+    parts = [tf.config.LogicalDeviceConfiguration()] * {count}
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
 import nox
 nox.main(nox.parse_arguments(sys.argv[1:]))
 """
 
 
-def test_two_devices_learn_what_one_does(data, tmp_path):
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_two_devices_learn_what_one_does(backend, data, tmp_path):
     """Though the one validation crop does not divide among them."""
-    tables = []
+    pytest.importorskip(backend)
+    nox.save_weights(nox.build_generator(ARCHITECTURE), ARCHITECTURE, tmp_path / "start.h5")
     line = ["train", "--data", data, *TINY, "--epochs", 3, "--adversarial-from", 2, "--clip", 0]  # each clips its part
+    line += ["--weights", tmp_path / "start.h5"]
+    tables = []
     for count in 1, 2:
         folder = tmp_path / str(count)
         folder.mkdir()
-        if count > 1:
-            shutil.copy(tmp_path / "1" / "start.h5", folder)
-        else:
-            nox.save_weights(nox.build_generator(ARCHITECTURE), ARCHITECTURE, folder / "start.h5")
-        script = TWO_DEVICES.format(root=str(ROOT), count=count)
-        command = [sys.executable, "-c", script, *map(str, line), "--weights", "start.h5"]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
+        command = [sys.executable, "-c", DEVICES.format(root=str(ROOT), backend=backend, count=count), *map(str, line)]
+        environment = {"KERAS_BACKEND": backend}
+        if backend == "jax":
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+        options = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 400}
+        result = subprocess.run(command, cwd=folder, **options)
         assert result.returncode == 0, result.stderr[-2000:]
         tables.append(pd.read_csv(folder / "history.csv"))
     one, two = tables

@@ -126,7 +126,7 @@ def compared(pairs, architecture, settings, steps, adversarial):
     """One line on one kind of step."""
     model = nox.Nox(architecture, settings)
     model.adversarial = adversarial
-    model.compile(optimizer=new_optimizer(model), jit_compile=False)
+    model.compile(optimizer=new_optimizer(model), jit_compile=nox.JIT)
     data, one = (kind(pairs, settings, architecture.n_channels, augment=True) for kind in (nox.Pairs, OneBatch))
     data.steps = one.steps = steps
     real, same = fitted(model, data), fitted(model, one)
