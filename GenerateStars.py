@@ -110,7 +110,7 @@ POPULATIONS = {
     "dwarfs": Population(0.30, Range(200, 8000, True), Range(0.012, 0.06, True), Range(1, 3), Range(0.8, 1.4), Range(1800, 3600, True)),
     "cluster": Population(0.20, Range(200, 6000, True), Range(0.02, 0.4, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), spread=Range(0.03, 0.25, True)),
     "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
-    "beacons": Population(0.22, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(4, 30, True)),
+    "beacons": Population(0.30, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(2, 30, True)),
 }  # fmt: skip
 STARLESS_CHANCE = 0.05  # no star at all: nothing may be taken
 SPARSE_CHANCE, SPARSE = 0.25, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
@@ -144,11 +144,12 @@ SPIKE_LENGTH = Range(8, 60, True)  # in FWHM, on which the arm ends exponentiall
 SPIKE_RAINBOW_CHANCE, SPIKE_SPLIT_CHANCE = 0.4, 0.2
 SPIKE_PERIOD = Range(8, 40, True)  # pixels between the colour fringes of a spike
 HALO_CHANCE = 0.5
-HALO_LIGHT = Range(0.01, 0.25, True)  # share of the star's light
-HALO_SCALE = Range(4, 30, True)  # exponential scale in FWHM
+HALO_LIGHT = Range(0.01, 0.5, True)  # share of the star's light; a diffusion filter scatters half of it
+HALO_SCALE = Range(2, 30, True)  # exponential scale, or the FWHM of an aureole, in FWHM
+AUREOLE_CHANCE, AUREOLE_BETA = 0.5, Range(1.2, 2.0)  # halo that falls as r^-2beta; King 1971 found r^-2
 RAYS_CHANCE, RAYS, RAY_COUNT = 0.25, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
-REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.08, Range(0.003, 0.03, True), Range(10, 60, True)
+REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.12, Range(0.003, 0.05, True), Range(10, 60, True)
 
 BLEED_CHANCE, BLEED = 0.04, Range(2, 10)  # charge of saturated stars along the CCD's columns, FWHM a decade of excess
 
@@ -606,6 +607,7 @@ def draw_halo(rng, fwhm, color):
     return {
         "light": HALO_LIGHT(rng),
         "scale": HALO_SCALE(rng) * fwhm,
+        "aureole": AUREOLE_BETA(rng) if chance(rng, AUREOLE_CHANCE) else None,
         "blue": HALO_BLUE(rng) ** color,
         "rays": np.exp(rays - rays.var() / 2),  # brightness by direction
     }
@@ -834,7 +836,9 @@ def far_light(optics, dx, dy):
         scale, blue = optics.halo["scale"], optics.halo["blue"]
         tint = np.array([1, (1 + blue) / 2, blue]) / ((1 + blue) / 2)
         rays = np.interp(np.arctan2(dy, dx), np.linspace(-np.pi, np.pi, len(optics.halo["rays"])), optics.halo["rays"])
-        light += (optics.halo["light"] * rays * np.exp(-radius / scale) / (2 * np.pi * scale**2))[..., None] * tint
+        beta = optics.halo["aureole"]
+        glow = moffat(radius, scale, beta) if beta else np.exp(-radius / scale) / (2 * np.pi * scale**2)
+        light += (optics.halo["light"] * rays * glow)[..., None] * tint
     if optics.reflection:
         offset, size = optics.reflection["offset"], optics.reflection["radius"]
         disc = 0.5 * (1 - np.tanh((np.hypot(dx - offset[0], dy - offset[1]) - size) / 1.5)) / (np.pi * size**2)

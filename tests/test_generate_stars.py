@@ -173,7 +173,7 @@ def test_spikes_point_where_asked(angles):
 
 
 def test_star_beyond_the_edge_sends_its_halo_in():
-    halo = {"light": 0.2, "scale": 10.0, "blue": 1.0, "rays": np.ones(2)}
+    halo = {"light": 0.2, "scale": 10.0, "aureole": None, "blue": 1.0, "rays": np.ones(2)}
     image = draw([(-3.0, 40.0, 1000.0)], plain_optics(halo=halo), 81, 1e-4)
     r = 20 + 3
     expected = 1000 * (0.2 * np.exp(-r / 10) / (2 * np.pi * 100))
