@@ -1,6 +1,6 @@
 """How fast nox.py train is, beside a plain loop, and whether it waits for its pairs.
 
-    python tests/benchmarks/train.py [--width 16] [--patch-size 128] [--batch-size 4] [--steps 8] [--workers 2] [--data DIR]
+    python tests/benchmarks/train.py [--width 32] [--patch-size 256] [--batch-size 4] [--steps 6] [--workers 2] [--data DIR]
 
 Prints how many crops a second the pairs alone deliver, decoded anew and from memory, and how long a step would wait for
 them that does 500 crops a second without the CPU, as a fast GPU does. Then, for L1 alone and with the adversary, in
@@ -106,7 +106,8 @@ def looped(model, data):
     def step(starry, truth):
         with tf.GradientTape() as tape:
             images = [ops.cast(image, "float32") for image in model(starry, training=True)]
-            loss = sum(weights[name] * term for name, term in model.losses_of(starry, truth, *images).items())
+            terms = model.losses_of(starry, truth, *images).items()
+            loss = sum(weights[name] * term for name, term in terms) + sum(model.losses)
         optimizer.apply(tape.gradient(loss, variables), variables)
         return loss
 
@@ -126,7 +127,9 @@ def compared(pairs, architecture, settings, steps, adversarial):
     """One line on one kind of step."""
     model = nox.Nox(architecture, settings)
     model.adversarial = adversarial
-    model.compile(optimizer=new_optimizer(model), jit_compile=nox.JIT)
+    optimizer = new_optimizer(model)
+    optimizer.resting = not adversarial
+    model.compile(optimizer=optimizer, jit_compile=nox.JIT)
     data, one = (kind(pairs, settings, architecture.n_channels, augment=True) for kind in (nox.Pairs, OneBatch))
     data.steps = one.steps = steps
     real, same = fitted(model, data), fitted(model, one)
@@ -139,18 +142,17 @@ def compared(pairs, architecture, settings, steps, adversarial):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--patch-size", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8, help="of an epoch; the fastest of three is told")
-    parser.add_argument("--workers", type=int, default=2)
+    for name in "patch_size", "batch_size", "workers":
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(nox.Training, name))
+    parser.add_argument("--width", type=int, default=nox.Architecture.width)
+    parser.add_argument("--steps", type=int, default=6, help="of an epoch; the fastest of three is told")
     parser.add_argument("--data", help="a folder of pairs instead of fresh ones")
     values = parser.parse_args()
     settings = nox.Training(patch_size=values.patch_size, batch_size=values.batch_size, workers=values.workers)
     with tempfile.TemporaryDirectory() as folder:
         if not values.data:
             needed = -(-values.steps * values.batch_size // settings.crops)
-            flags = [f"--imcount={needed}", "--size=256", "--save-dir", folder]
+            flags = [f"--imcount={needed}", "--size=512", "--save-dir", folder]
             subprocess.run([sys.executable, ROOT / "GenerateStars.py", *flags], check=True, capture_output=True)
         pairs = nox.find_pairs(values.data or folder)
         print_delivered(pairs, settings)
