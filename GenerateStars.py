@@ -29,7 +29,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from astropy.modeling.models import Sersic2D
+from astropy import units
+from astropy.modeling.models import BlackBody, Sersic2D
 from astropy.table import Table, vstack
 from photutils.datasets import apply_poisson_noise
 from photutils.psf import AiryDiskPSF, GaussianPSF, MoffatPSF
@@ -213,7 +214,6 @@ PALETTE = {  # red, green, blue of an emission or a reflection, display colours
 PHOTOGRAPHS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 HALF_LEVEL = 0.5 / 255  # half a grey level of an 8-bit picture: light below it is no star
 COLOR_BANDS = np.array([610.0, 540.0, 460.0])  # nm, centres of a camera's red, green and blue
-PLANCK = 1.438777e7  # nm K, Planck's constant times the speed of light over Boltzmann's constant
 WHITE = 6500  # kelvin, the star that comes out white
 
 
@@ -727,8 +727,9 @@ def magnitudes_to_flux(rng, count, slope, span):
 
 def blackbody_rgb(temperature):
     """Light of a blackbody in red, green and blue over that of a 6500 K one, green = 1; shape (..., 3)."""
-    kelvin = np.atleast_1d(temperature)[..., None]
-    ratio = np.expm1(PLANCK / (COLOR_BANDS * WHITE)) / np.expm1(PLANCK / (COLOR_BANDS * kelvin))
+    bands = COLOR_BANDS * units.nm
+    kelvin = np.atleast_1d(temperature)[..., None] * units.K
+    ratio = (BlackBody(kelvin)(bands) / BlackBody(WHITE * units.K)(bands)).value
     return ratio / ratio[..., 1:2]
 
 
