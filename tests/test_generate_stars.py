@@ -128,6 +128,18 @@ def test_bright_star_has_no_seam_and_no_square(fwhm, beta):
     assert image[~seen].max() < 1.1 * threshold
 
 
+def test_glare_in_a_corner_neither_wraps_round_nor_leaves_noise():
+    """A star a hundred million times over the threshold against its profile: its wings come from one Fourier transform."""
+    image = draw([(-2, 3, 1e5)], plain_optics(fwhm=3.0, beta=4.0), 301, threshold=1e-4)
+    yy, xx = np.indices(image.shape)
+    gamma = 3.0 / (2 * np.sqrt(2 ** (1 / 4.0) - 1))
+    truth = 1e5 * Moffat2D(3 / (np.pi * gamma**2), -2, 3, gamma, 4.0)(xx, yy)
+    outside = np.hypot(xx + 2, yy - 3) > 8
+    assert np.abs(image - truth)[outside & (truth < 1e-3)].max() < 1.1e-4
+    assert np.abs(image / truth - 1)[outside & (truth >= 1e-3)].max() < 0.03
+    assert image.min() >= 0
+
+
 def test_faint_star_is_cut_below_the_threshold_only():
     threshold = 1e-4
     image = draw([(30, 30, 0.05)], plain_optics(fwhm=3.0), 61, threshold)
@@ -253,6 +265,25 @@ def test_star_noise_is_poissons_at_the_asked_gain():
     noisy = gs.own_noise(np.random.default_rng(0), light, electron=1e-3, sky=1e-3)
     assert noisy.mean() == pytest.approx(0.5, rel=0.01)
     assert noisy.var() == pytest.approx(0.5 * 1e-3, rel=0.03)
+
+
+@pytest.mark.parametrize("photons", [3, 12, 40])
+def test_star_noise_is_poissons_for_few_photons_and_for_many(photons):
+    light = np.full((300, 300, 3), 0.5, np.float32)
+    noisy = gs.own_noise(np.random.default_rng(0), light, electron=0.5 / photons, sky=1e-3)
+    counts = noisy.ravel() / 0.5 * photons
+    assert counts.mean() == pytest.approx(photons, rel=0.01)
+    assert counts.var() == pytest.approx(photons, rel=0.03)
+    assert statistics.skew(counts) == pytest.approx(photons**-0.5, rel=0.1)
+
+
+def test_normals_are_standard_normal_and_independent():
+    draws = gs.normals(np.random.default_rng(0), 512, 512)
+    assert draws.dtype == np.float32
+    assert statistics.kstest(draws.ravel(), "norm").pvalue > 0.01
+    power = np.abs(np.fft.fft2(draws)) ** 2 / draws.size
+    assert statistics.kstest(power[1:256].ravel(), "expon").pvalue > 0.01  # white: no wave number stands out
+    assert abs(np.corrcoef(draws.ravel(), gs.normals(np.random.default_rng(1), 512, 512).ravel())[0, 1]) < 0.01
 
 
 def test_sky_noise_has_its_sigma_and_grows_with_the_light(monkeypatch):

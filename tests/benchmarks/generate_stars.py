@@ -32,8 +32,9 @@ def only_stars(count, size):
 
 def seconds_a_pair(size, count, pairs):
     """(median, longest, stars): CPU seconds of one process for whole pairs, exposure and background included."""
-    # the script thins out the stars of wide PSFs; here every picture has them all
+    # the script thins out the stars of wide PSFs and of sparse pictures; here every picture has them all
     gs.POPULATIONS, gs.FWHM_LARGE_CHANCE, gs.FWHM = only_stars(count, size), 0, gs.Range(1.2, 3)
+    gs.SPARSE_CHANCE = gs.STARLESS_CHANCE = 0
     settings, seconds, stars = gs.Settings(size=size), [], []
     gs.make_pair(0, settings)  # the first call pays for caches
     for index in range(pairs):
