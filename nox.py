@@ -89,6 +89,7 @@ class Training:
     star_weight: float = setting(
         5.0, "how much more star pixels count in it, faint ones the most; knots and galaxies a third"
     )
+    texture_weight: float = setting(0.0, "weight of the grain's error where stars were; 0.5 makes plugs less smooth")
     fill_weight: float = setting(5.0, "weight of the fill's squared error: where the gate errs, no hole shall show")
     adversarial_from: int = setting(80, "epoch that brings in the discriminator; before, it costs nothing")
     adversarial_weight: float = setting(0.005, "weight of fooling the discriminator")
@@ -1368,6 +1369,21 @@ def relative_l1(starry, truth, starless, star_weight):
     return ops.mean(error / (before + 0.005))
 
 
+def texture_error(starry, truth, starless):
+    """Relative error of the roughness of star pixels, mean over the batch; a plug as smooth as glass has about 1.
+
+    The absolute error alone is least for the median of all grain that could be there, which has none. Roughness is the
+    standard deviation of what differs from the mean of 5 x 5 pixels, over as many, in the luminance; 0.004, a step of 8
+    bits, is the grain below which none is missed.
+    """
+    stars = ops.clip(ops.max(ops.abs(starry - truth), axis=-1, keepdims=True) / 0.02, 0, 1)
+    grays = (ops.mean(image, axis=-1, keepdims=True) for image in (starless, truth))
+    details = (gray - local_mean(gray, 5) for gray in grays)
+    found, asked = (ops.sqrt(local_mean(ops.square(detail), 5) + 1e-6) for detail in details)
+    error, whole = (ops.mean(stars * part, axis=(1, 2, 3)) for part in (ops.abs(found - asked), asked + 0.004))
+    return ops.mean(error / (whole + 1e-6))
+
+
 def decibels(error):
     """PSNR in dB, at most 100, of a mean squared error of images."""
     return -10 * ops.log10(ops.maximum(error, 1e-10))
@@ -1402,7 +1418,7 @@ def cross_entropy(logits, real):
 class Nox(keras.Model):
     """Generator and discriminator with every term of the loss in compute_loss, for training and validation alike."""
 
-    TERMS = ("generator", "l1", "fill", "features", "adversarial", "discriminator", "vgg")
+    TERMS = ("generator", "l1", "texture", "fill", "features", "adversarial", "discriminator", "vgg")
     QUALITIES = ("psnr", "psnr_stars", "psnr_background", "ssim")
 
     def __init__(self, architecture, settings, losses=1):
@@ -1430,6 +1446,7 @@ class Nox(keras.Model):
         idle = () if self.adversarial else ("features", "adversarial", "discriminator")
         idle += () if self.vgg else ("vgg",)
         idle += () if len(self.seen.outputs) > 1 else ("fill",)
+        idle += () if self.settings.texture_weight else ("texture",)
         return [tracker for name, tracker in self.trackers.items() if name not in idle]
 
     def losses_of(self, starry, truth, starless, fill=None):
@@ -1439,6 +1456,8 @@ class Nox(keras.Model):
         core of a galaxy then puts there what was there, more or less, and not a hole.
         """
         terms = {"l1": relative_l1(starry, truth, starless, self.settings.star_weight)}
+        if self.settings.texture_weight:
+            terms["texture"] = texture_error(starry, truth, starless)
         if fill is not None:
             terms["fill"] = ops.mean(ops.square(fill - truth))
         if self.adversarial:
@@ -1458,6 +1477,7 @@ class Nox(keras.Model):
         s, terms = self.settings, self.losses_of(x, y, starless, *fill)
         weights = {
             "l1": s.l1_weight,
+            "texture": s.texture_weight,
             "fill": s.fill_weight,
             "features": s.feature_weight,
             "adversarial": s.adversarial_weight,
