@@ -1248,6 +1248,7 @@ def write_preview(settings, indices):
 def work(jobs, cpus):
     """Yield save_pair's answer to each job, in the order they end; few jobs wait at a time, so memory stays flat."""
     context = multiprocessing.get_context("spawn")  # the same on all systems, and no forked threads
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # inherited: the processes are the parallelism, in numpy too
     leave = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process; the workers end what they have in hand
     with concurrent.futures.ProcessPoolExecutor(cpus, context, signal.signal, leave) as pool:
         waiting = set()

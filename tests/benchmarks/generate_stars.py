@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # CPU seconds are to be those of one core
 import cv2
 import numpy as np
 from astropy.modeling.models import Moffat2D

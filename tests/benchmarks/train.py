@@ -35,16 +35,13 @@ class OneBatch(nox.Pairs):
 
 
 class Clock(keras.callbacks.Callback):
-    """Seconds of the fastest epoch after the first, which compiles, decodes and fills the queue."""
-
-    seconds = float("inf")
+    """Seconds of the last epoch; the first one of a fit fills the queue."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        if epoch:
-            self.seconds = min(self.seconds, time.perf_counter() - self.start)
+        self.seconds = time.perf_counter() - self.start
 
 
 def delivered(data, threads, batches=64, rate=None):
@@ -82,18 +79,20 @@ def print_delivered(pairs, settings, rate=500):
 
 
 def fitted(model, data):
-    """Crops a second of nox.py's own fit."""
+    """Seconds of an epoch of nox.py's own fit."""
     clock = Clock()
-    nox.fit(model, data, None, epochs=4, callbacks=[clock], verbose=0)
-    return data.steps * data.settings.batch_size / clock.seconds
+    nox.fit(model, data, None, epochs=2, callbacks=[clock], verbose=0)
+    return clock.seconds
 
 
 def new_optimizer(model):
-    return nox.Muon(model.discriminator.trainable_variables, learning_rate=1e-4, global_clipnorm=1.0, use_ema=True)
+    optimizer = nox.Muon(model.discriminator.trainable_variables, learning_rate=1e-4, global_clipnorm=1.0, use_ema=True)
+    optimizer.resting = not model.adversarial
+    return optimizer
 
 
-def looped(model, data):
-    """Crops a second of a bare loop on one batch."""
+def bare_loop(model, data):
+    """A function that gives the seconds of an epoch of a bare loop on one batch."""
     import tensorflow as tf
 
     settings, optimizer = model.settings, new_optimizer(model)
@@ -113,30 +112,33 @@ def looped(model, data):
 
     batch = [tf.constant(part) for part in data[0]]
     step(*batch).numpy()
-    seconds = float("inf")
-    for _ in range(3):
+
+    def epoch():
         start = time.perf_counter()
         for _ in range(data.steps):
             loss = step(*batch)
         loss.numpy()  # a GPU may still be at work
-        seconds = min(seconds, time.perf_counter() - start)
-    return data.steps * settings.batch_size / seconds
+        return time.perf_counter() - start
+
+    return epoch
 
 
-def compared(pairs, architecture, settings, steps, adversarial):
-    """One line on one kind of step."""
+def compared(pairs, architecture, settings, steps, adversarial, rounds=4):
+    """One line on one kind of step; all take turns, since machines have good and bad moments, and the best one counts."""
     model = nox.Nox(architecture, settings)
     model.adversarial = adversarial
-    optimizer = new_optimizer(model)
-    optimizer.resting = not adversarial
-    model.compile(optimizer=optimizer, jit_compile=nox.JIT)
+    model.compile(optimizer=new_optimizer(model), jit_compile=nox.JIT)
     data, one = (kind(pairs, settings, architecture.n_channels, augment=True) for kind in (nox.Pairs, OneBatch))
     data.steps = one.steps = steps
-    real, same = fitted(model, data), fitted(model, one)
-    line = f"fit {real:.2f} crops/s, on one batch {same:.2f}: loses to the pairs {1 - real / same:.1%} of the time"
+    ways = {"fit": lambda: fitted(model, data), "on one batch": lambda: fitted(model, one)}
     if keras.backend.backend() == "tensorflow":
-        loop = looped(model, one)
-        line += f"; bare loop {loop:.2f}, of which fit on one batch is {same / loop:.2f}"
+        ways["bare loop"] = bare_loop(model, one)
+    times = [[way() for way in ways.values()] for _ in range(rounds + 1)][1:]  # the first compiles and decodes
+    pace = {name: steps * settings.batch_size / min(seconds) for name, seconds in zip(ways, zip(*times))}
+    line = ", ".join(f"{name} {crops:.2f} crops/s" for name, crops in pace.items())
+    line += f"; loses to the pairs {1 - pace['fit'] / pace['on one batch']:.1%} of the time"
+    if "bare loop" in pace:
+        line += f"; on one batch it is {pace['on one batch'] / pace['bare loop']:.2f} of the bare loop"
     return line
 
 
@@ -145,7 +147,7 @@ def main():
     for name in "patch_size", "batch_size", "workers":
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(nox.Training, name))
     parser.add_argument("--width", type=int, default=nox.Architecture.width)
-    parser.add_argument("--steps", type=int, default=6, help="of an epoch; the fastest of three is told")
+    parser.add_argument("--steps", type=int, default=6, help="of an epoch; the fastest of four is told")
     parser.add_argument("--data", help="a folder of pairs instead of fresh ones")
     values = parser.parse_args()
     settings = nox.Training(patch_size=values.patch_size, batch_size=values.batch_size, workers=values.workers)
