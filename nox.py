@@ -90,7 +90,7 @@ class Training:
         5.0, "how much more star pixels count in it, faint ones the most; knots and galaxies a third"
     )
     texture_weight: float = setting(
-        0.0, "weight of the grain that is missing where stars were; 0.5 keeps plugs from being smooth"
+        0.0, "weight of the error of the grain where stars were; 0.3 keeps plugs from being smooth"
     )
     fill_weight: float = setting(5.0, "weight of the fill's squared error: where the gate errs, no hole shall show")
     adversarial_from: int = setting(80, "epoch that brings in the discriminator; before, it costs nothing")
@@ -1371,20 +1371,21 @@ def relative_l1(starry, truth, starless, star_weight):
     return ops.mean(error / (before + 0.005))
 
 
-def lost_texture(starry, truth, starless):
-    """Share of the grain that is missing where stars were, mean over the batch; of a plug as smooth as glass about 1.
+def texture_error(starry, truth, starless):
+    """Error of the grain where stars were over the grain that is due, mean over the batch; of a glassy plug about 1.
 
     The absolute error alone is least for the median of all grain that could be there, which has none. Grain is the
     standard deviation of what differs from the mean of 5 x 5 pixels, over as many, in the luminance; a step of 8 bits,
-    0.004, is added to it. Too much of it costs nothing here: a star that stayed has far more, and where it did so
-    because it looks like a galaxy, this term would outweigh the absolute error (measured: more galaxies went).
+    0.004, is added to it. No pixel's error counts more than the plug's: a star that stayed is far rougher, and where it
+    did so since it looks like a galaxy, this term would outweigh the absolute error and the galaxies went (measured;
+    when too much grain cost nothing, specks stayed).
     """
     stars = ops.clip(ops.max(ops.abs(starry - truth), axis=-1, keepdims=True) / 0.02, 0, 1)
     grays = (ops.mean(image, axis=-1, keepdims=True) for image in (starless, truth))
     details = (gray - local_mean(gray, 5) for gray in grays)
-    found, asked = (ops.sqrt(local_mean(ops.square(detail), 5) + 1e-6) for detail in details)
-    lost, whole = (ops.mean(stars * part, axis=(1, 2, 3)) for part in (ops.relu(asked - found), asked + 0.004))
-    return ops.mean(lost / (whole + 1e-6))
+    found, due = (ops.sqrt(local_mean(ops.square(detail), 5) + 1e-6) + 0.004 for detail in details)
+    error, whole = (ops.mean(stars * part, axis=(1, 2, 3)) for part in (ops.minimum(ops.abs(found - due), due), due))
+    return ops.mean(error / (whole + 1e-6))
 
 
 def decibels(error):
@@ -1460,7 +1461,7 @@ class Nox(keras.Model):
         """
         terms = {"l1": relative_l1(starry, truth, starless, self.settings.star_weight)}
         if self.settings.texture_weight:
-            terms["texture"] = lost_texture(starry, truth, starless)
+            terms["texture"] = texture_error(starry, truth, starless)
         if fill is not None:
             terms["fill"] = ops.mean(ops.square(fill - truth))
         if self.adversarial:

@@ -497,18 +497,19 @@ def test_psnr():
     assert nox.psnr(a, a) == 100
 
 
-def test_lost_texture_is_the_grain_that_a_plug_lacks():
+def test_texture_error_asks_for_grain_of_the_right_strength():
     rng = np.random.default_rng(0)
     truth, other = (0.3 + 0.05 * rng.standard_normal((1, 96, 96, 3)).astype(np.float32) for _ in range(2))
     starry, plug = truth.copy(), truth.copy()
     starry[:, 24:72, 24:72] += 0.3
     plug[:, 24:72, 24:72] = 0.3
-    lost = lambda starless: float(nox.lost_texture(starry, truth, starless))  # noqa: E731
-    assert lost(truth) == 0
-    assert lost(plug) > 0.7
-    assert lost(np.where(starry != truth, other, truth)) < 0.15
-    assert lost(np.where(starry == truth, 0.3, truth)) < 0.1  # what lies elsewhere has no say but at the rim
-    assert lost(np.where(starry != truth, 0.3 + 3 * (truth - 0.3), truth)) == pytest.approx(0, abs=1e-3)
+    error = lambda starless: float(nox.texture_error(starry, truth, starless))  # noqa: E731
+    assert error(truth) == 0
+    assert error(plug) > 0.7
+    assert error(np.where(starry != truth, other, truth)) < 0.25
+    assert error(np.where(starry == truth, 0.3, truth)) < 0.1  # what lies elsewhere has no say but at the rim
+    assert error(np.where(starry != truth, 0.3 + 1.5 * (truth - 0.3), truth)) == pytest.approx(0.5, abs=0.1)
+    assert error(np.where(starry != truth, 0.3 + 9 * (truth - 0.3), truth)) == pytest.approx(1, abs=0.1)  # no more
 
 
 def test_relative_l1():
