@@ -31,7 +31,7 @@ CLASSES = {  # name: ranges in place of GenerateStars.py's
     "mono": {"color": False},
     "noise low": {"NOISELESS_CHANCE": 0, "NOISE": gs.Range(0.0006, 0.003, True)},
     "noise middle": {"NOISELESS_CHANCE": 0, "NOISE": gs.Range(0.003, 0.01, True)},
-    "noise high": {"NOISELESS_CHANCE": 0, "NOISE": gs.Range(0.01, 0.025, True)},
+    "noise high": {"NOISELESS_CHANCE": 0, "NOISE": gs.Range(0.01, 0.1, True)},
     "FWHM 1.2-2": SHARP | {"FWHM": gs.Range(1.2, 2)},
     "FWHM 2-4": SHARP | {"FWHM": gs.Range(2, 4)},
     "FWHM 4-8": SHARP | {"FWHM": gs.Range(4, 8)},
