@@ -145,8 +145,8 @@ SPIKE_LENGTH = Range(8, 60, True)  # in FWHM, on which the arm ends exponentiall
 SPIKE_RAINBOW_CHANCE, SPIKE_SPLIT_CHANCE = 0.4, 0.2
 SPIKE_PERIOD = Range(8, 40, True)  # pixels between the colour fringes of a spike
 HALO_CHANCE = 0.5
-HALO_LIGHT = Range(0.01, 0.5, True)  # share of the star's light; a diffusion filter scatters half of it
-HALO_SCALE = Range(2, 30, True)  # exponential scale, or the FWHM of an aureole, in FWHM
+HALO_LIGHT = Range(0.02, 0.6, True)  # share of the star's light; a diffusion filter scatters half of it
+HALO_SCALE = Range(1.5, 30, True)  # exponential scale, or the FWHM of an aureole, in FWHM
 AUREOLE_CHANCE, AUREOLE_BETA = 0.5, Range(1.2, 2.0)  # halo that falls as r^-2beta; King 1971 found r^-2
 RAYS_CHANCE, RAYS, RAY_COUNT = 0.25, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
@@ -178,6 +178,7 @@ GLOW_CHANCE = 0.85  # share of pictures whose stars raise their own photon noise
 # Processing applied to both pictures alike.
 RESIZE_CHANCE, RESIZE = 0.25, Range(0.6, 1.0)  # rendered larger, then reduced by this factor
 SHARPEN_CHANCE, SHARPEN_AMOUNT, SHARPEN_RADIUS = 0.30, Range(0.3, 1.6), Range(0.8, 2.5)  # leaves dark rings
+SHARPEN_NOISE = 0.03  # nobody sharpens a picture that is noisier
 DENOISE_CHANCE, DENOISE = 0.20, Range(0.5, 1.0)  # share of the smoothed picture
 LEVELS_CHANCE, BLACK_POINT, WHITE_POINT = 0.12, Range(0.0, 0.06), Range(0.7, 1.0)  # what lies beyond is clipped
 CONTRAST_CHANCE, CONTRAST = 0.10, Range(0.1, 0.4)
@@ -194,10 +195,11 @@ KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
 KNOTS = Range(3, 80, True)  # a picture that has any
 GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shoulder: some are burnt out
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
-GALAXY_SIZE = Range(1.3, 2.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
+GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
+GALAXY_CUSP = 0.4  # most Sersic index for each FWHM of its half-light radius: a small cusp looks like a star with halo
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
-ROUND_SIZE, ROUND_HEIGHT = 6, 0.8  # for the same reason, round ones of fewer FWHM (half-light radius) do not burn out
+BURNT_SIZE, BURNT_HEIGHT = 6, 0.8  # for the same reason, those of fewer FWHM (half-light radius) do not burn out
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
 PALETTE = {  # red, green, blue of an emission or a reflection, display colours
@@ -459,20 +461,20 @@ def galaxy_field(rng, size, fwhm):
     middle, spread = rng.uniform(0, size, 2), size * rng.uniform(0.08, 0.2)
     crowded = chance(rng, GALAXY_CLUSTER_CHANCE / (GALAXY_CLUSTER_CHANCE + GALAXY_FIELD_CHANCE))
     for _ in range(rng.integers(15, 50) if crowded else rng.integers(2, 30)):
-        least = max(fwhm * GALAXY_SIZE(rng), 2.0)
+        least = max(fwhm * GALAXY_SIZE(rng), 3.0)
         r_eff = least * max(1.0, size / 12 / least) ** (rng.random() ** 2)  # most are small
         wide = r_eff / fwhm
-        ellipticity = rng.uniform(1 - ROUNDEST if wide > 2 else 0.4, 0.75)
+        ellipticity = rng.uniform(1 - ROUNDEST if wide > 3 else 0.4, 0.75)
         height = GALAXY_HEIGHT(rng)
-        if ellipticity < 0.35 and wide < ROUND_SIZE:
-            height = min(height, ROUND_HEIGHT)
+        if wide < BURNT_SIZE:
+            height = min(height, BURNT_HEIGHT)
         reach = int(min(size, 6 * r_eff + 8))
         x, y = rng.normal(middle, spread) if crowded else rng.uniform(0, size, 2)
         if not (0 <= x < size and 0 <= y < size):
             continue
         rows, columns = (slice(max(int(c) - reach, 0), min(int(c) + reach + 1, size)) for c in (y, x))
         yy, xx = np.mgrid[rows, columns].astype(np.float32)
-        index = rng.uniform(0.7, 4.0) if wide > 2 else rng.uniform(0.6, 1.3)  # disks, and cusps where they show
+        index = rng.uniform(0.6, min(4.0, GALAXY_CUSP * wide + 0.4))  # disks, and cusps where they show
         shape = np.float32([1, r_eff, index, x, y, ellipticity, rng.uniform(0, np.pi)])
         profile = cv2.GaussianBlur(SERSIC.evaluate(xx, yy, *shape), (0, 0), fwhm / 2.355)
         profile *= 1 - smoothstep(np.hypot(xx - shape[3], yy - shape[4]), 0.6 * reach, reach - 1)  # no square is seen
@@ -589,6 +591,11 @@ class Optics:
     spikes: dict | None
     halo: dict | None
     reflection: dict | None
+
+    @property
+    def widest(self):
+        """FWHM of the widest stars of the picture, along their trail or their coma in a corner."""
+        return float(np.sqrt(self.fwhm**2 + self.trail @ self.trail + self.coma**2) * max(1.0, *self.chromatic))
 
     @property
     def varies(self):
@@ -1055,8 +1062,11 @@ def bleed(rng, light, stars, peak):
             canvas[first:last, left : left + width] = np.maximum(canvas[first:last, left : left + width], 1)
 
 
-def expose(rng, sky, optics, color):
-    """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table."""
+def expose(rng, sky, optics, color, noise):
+    """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table.
+
+    noise is its standard deviation in display units at the sky's level.
+    """
     shape = sky.shape[:2]
     forward, inverse = draw_stretch(rng, color)
     linear = inverse(sky.clip(0.002, 0.999)).astype(np.float32)
@@ -1078,18 +1088,18 @@ def expose(rng, sky, optics, color):
     threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
     light = render(stars, colors, optics, shape, threshold)
 
-    sigma = 0.0 if chance(rng, NOISELESS_CHANCE) else NOISE(rng) / gain
+    sigma = noise / gain
     photon = PHOTON_SHARE(rng)
-    noise = noise_layer(rng, linear, sigma, photon, color)
+    grain = noise_layer(rng, linear, sigma, photon, color)
     electron = min(photon * sigma**2 / median, sigma)  # the sky's shot noise tells what one photon is worth
     if chance(rng, GLOW_CHANCE) and electron > 1e-12:
         light = own_noise(rng, light if color else light[..., :1], electron, median)
     if chance(rng, BLEED_CHANCE):
         bleed(rng, light, stars, peak)
-    dark = forward((linear + noise).clip(0, 1))
+    dark = forward((linear + grain).clip(0, 1))
     if screen:
         return 1 - (1 - dark) * (1 - forward(light.clip(0, 1))), dark, stars
-    return forward((linear + noise + light).clip(0, 1)), dark, stars
+    return forward((linear + grain + light).clip(0, 1)), dark, stars
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1097,13 +1107,13 @@ def expose(rng, sky, optics, color):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw_processing(rng, size, color):
-    """A function from image to image, the same for both pictures, that ends at (size, size)."""
+def draw_processing(rng, size, color, noise):
+    """A function from image to image, the same for both pictures, that ends at (size, size); noise as in expose."""
     steps = []
     if chance(rng, DENOISE_CHANCE):
         share, sigma = np.float32(DENOISE(rng)), rng.uniform(0.03, 0.12)
         steps.append(lambda im: im + share * (cv2.bilateralFilter(im, 5, sigma, 2) - im))
-    if chance(rng, SHARPEN_CHANCE):
+    if chance(rng, SHARPEN_CHANCE) and noise < SHARPEN_NOISE:
         amount, radius = np.float32(SHARPEN_AMOUNT(rng)), SHARPEN_RADIUS(rng)
         steps.append(lambda im: im + amount * (im - cv2.GaussianBlur(im, (0, 0), radius)))
     if chance(rng, CONTRAST_CHANCE):
@@ -1160,11 +1170,12 @@ def make_pair(index, settings, path=None):
     if chance(rng, RESIZE_CHANCE):
         size = next_fast_len(int(size / RESIZE(rng)), real=True)  # Fourier transforms of a prime length are slow
     optics = draw_optics(rng, color)
-    sky = background(rng, size, optics.fwhm, path)
+    sky = background(rng, size, optics.widest, path)
     if not color:
         sky = np.repeat((sky @ np.array([0.299, 0.587, 0.114], np.float32))[..., None], 3, axis=2)
-    starry, starless, stars = expose(rng, sky, optics, color)
-    process = draw_processing(rng, settings.size, color)
+    noise = 0.0 if chance(rng, NOISELESS_CHANCE) else NOISE(rng)
+    starry, starless, stars = expose(rng, sky, optics, color, noise)
+    process = draw_processing(rng, settings.size, color, noise)
     starry, starless = process(starry.astype(np.float32)), process(starless.astype(np.float32))
     starry = np.where(np.abs(starry - starless) < HALF_LEVEL, starless, starry)
     for column in ("x", "y"):  # pixel centres of the reduced picture

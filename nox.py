@@ -2090,10 +2090,50 @@ def starlight(picture, stretch, settings, title, load):
         image = look(rows)
         np.clip(light, image - 1, image, out=light)  # what remains lies in 0..1
         light[np.abs(light).max(axis=2) < HALF_LEVEL] = 0
-        light *= np.float32(settings.strength)
         if picture.alpha is not None:
             light[picture.alpha[rows] == 0] = 0
         yield rows, light
+
+
+SIGNIFICANCE = 6  # standard deviations: at 5 a few of a hundred frames of noise alone were still touched
+ISLAND_ROWS = 64  # an island that is taller is no noise
+
+
+def significant(found, picture, stretch):
+    """What starlight gives for a linear picture, less the islands of light that its noise alone may have made.
+
+    Where the stretch clips the sky, what is left of its noise looks like faint stars, and the network takes some; the
+    linear pixels still tell. Some rows are held back, so that no island is judged before it is whole.
+    """
+    held, first, height = None, 0, len(picture.pixels)
+    for rows, light in found:
+        light = light.copy() if held is None else np.concatenate([held, light])
+        drop_islands(light, picture, stretch, slice(first, rows.stop))
+        done = height if rows.stop == height else max(first, rows.stop - ISLAND_ROWS)
+        yield slice(first, done), light[: done - first]
+        held, first = light[done - first :], done
+
+
+def drop_islands(light, picture, stretch, rows):
+    """Set the islands of light in some rows to 0 whose brightest 3 x 3 pixels do not stand out of the linear noise.
+
+    Those that may go on above or below the rows are left.
+    """
+    without = picture.without(light, stretch, rows)
+    starry, starless = (np.nan_to_num(x) for x in (picture.unit(rows), picture.with_pixels(without).unit()))
+    removed, smooth = (cv2.blur(x, (3, 3)).reshape(light.shape) for x in (starry - starless, starless))
+    grain = np.abs(smooth - cv2.GaussianBlur(starless, (0, 0), 3).reshape(light.shape))
+    for columns in bands(light.shape[1]):
+        deviation = 1.4826 * np.median(grain[:, columns], axis=(0, 1))  # a median: stars that are left do not count
+        removed[:, columns] /= np.maximum(deviation, 1e-12)
+    count, islands = cv2.connectedComponents((starry != starless).any(axis=2).astype(np.uint8))
+    stays = np.zeros(count, bool)
+    stays[islands[(np.abs(removed) >= SIGNIFICANCE).any(axis=2)]] = True
+    if rows.start > 0:
+        stays[islands[0]] = True
+    if rows.stop < len(picture.pixels):
+        stays[islands[-1]] = True
+    light[~stays[islands]] = 0
 
 
 def star_layer(starry, starless, mode):
@@ -2248,7 +2288,9 @@ def layers_of(picture, kinds, depth, excluded, settings, title, load):
     layers = {"starless": picture.with_pixels(np.empty_like(picture.pixels))}
     if "mask" in kinds:
         layers["mask"] = Picture(np.empty(gray, np.uint8), metadata=picture.metadata)
-    for rows, light in starlight(picture, stretch, settings, title, load):
+    found = starlight(picture, stretch, settings, title, load)
+    for rows, light in significant(found, picture, stretch) if stretch else found:
+        light *= np.float32(settings.strength)
         if excluded is not None:
             light *= 1 - excluded[rows]
         if "stars" in kinds:

@@ -43,6 +43,7 @@ def subtract(folder, monkeypatch):
         channels = {nox.read_picture(name).pixels.shape[2] for name in arguments[:1]}.pop()
         channels = 1 if "--n-channels" in arguments else channels
         monkeypatch.setattr(nox, "load_generator", lambda path: subtracting(amount, channels))
+        monkeypatch.setattr(nox, "SIGNIFICANCE", 0)  # nothing here looks like a star
         run("infer", *arguments, "--patch-size", 32, "--stride", 24)
 
     return call
@@ -511,6 +512,27 @@ def test_linear_data_lose_what_the_network_takes_from_their_stretched_picture(dt
     light[light.max(axis=2) < nox.HALF_LEVEL] = 0
     expected = stretch.inverse(shown - light) * (1 if dtype == "float32" else 65535)
     np.testing.assert_allclose(new[~clipped], expected[~clipped], atol=1e-6 if dtype == "float32" else 0.5001)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_linear_data_only_what_stands_out_of_their_noise_is_taken(channels):
+    rng = np.random.default_rng(8)
+    y, x = np.mgrid[:200, :90]
+    star = 900 * np.exp(-((x - 30) ** 2 + (y - 63.5) ** 2) / 6)[..., None]  # over the edge between two bands of rows
+    picture = nox.Picture(np.rint(3000 + star + 30 * rng.standard_normal((200, 90, channels))).astype("uint16"))
+    stretch = nox.fit_stretch(picture, -3, 0.1875, False)
+    removed = np.where(star > 2, star, 0) + np.zeros(channels)
+    grains = [(10, 10), (63, 60), (64, 80), (127, 20), (199, 5)]
+    for row, column in grains:
+        removed[row : row + 2, column : column + 2, 0] = 40
+    seen = stretch.forward(picture.unit())
+    light = (seen - stretch.forward(picture.unit() - removed / 65535)).astype("float32")
+    found = [
+        (rows, part.copy()) for rows, part in nox.significant(((r, light[r]) for r in nox.bands(200)), picture, stretch)
+    ]
+    assert [rows.start for rows, _ in found[1:]] == [rows.stop for rows, _ in found[:-1]] and found[-1][0].stop == 200
+    stays = np.concatenate([part for _, part in found])
+    assert np.array_equal(stays, np.where(star > 2, light, 0))
 
 
 @pytest.mark.parametrize("linear, stretched", [("auto", True), ("yes", True), ("no", False)])

@@ -1481,3 +1481,16 @@ def test_the_shipped_weights_take_the_stars_of_the_shipped_pairs(channels, folde
         before, after = nox.show_pair(generator, architecture, paths, nox.Inference())
         gains.append(after - before)
     assert np.mean(gains) > 8 and min(gains) > 3  # dB
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("noise", [0.0003, 0.001, 0.003])
+def test_a_linear_frame_without_stars_comes_back_as_it_was(noise, channels, folder):
+    """A gradient that the stretch clips at its dark end leaves specks of noise, which look like stars."""
+    rng = np.random.default_rng(4)
+    y, x = np.mgrid[:300, :400] / 400
+    sky = 0.02 * (1 + 0.3 * x + 0.2 * y)[..., None] + noise * rng.standard_normal((300, 400, channels))
+    pixels = np.rint(sky * 65535).astype("uint16")
+    write("in.png", pixels)
+    run("infer", "in.png", "--linear", "yes")
+    assert np.array_equal(read("starless.png"), pixels)
