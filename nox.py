@@ -1443,7 +1443,8 @@ class Nox(keras.Model):
 
     def call(self, starry, training=None):
         """[starless], from the gated network [starless, fill]."""
-        return self.seen(starry, training=training)
+        found = self.seen(starry, training=training)
+        return found if isinstance(found, list) else [found]  # Keras unpacks what is alone
 
     @property
     def metrics(self):

@@ -1125,6 +1125,14 @@ def test_training_leaves_history_plot_pictures_and_weights(whole):
     assert nox.load_generator(folder / "generator_color.h5")[1] == ARCHITECTURE
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_network_of_the_original_trains(precision, data, folder):
+    flags = "--network", "starnet", "--epochs", 2, "--adversarial-from", 1, "--precision", precision
+    run("train", "--data", data, *TINY, *flags)
+    assert np.isfinite(pd.read_csv("history.csv")["ema_val_generator"]).all()
+    assert nox.load_generator("generator_color.h5")[1] == nox.Architecture("starnet", 4, 2)
+
+
 def test_history_has_each_epoch_once_with_every_term(whole):
     table = pd.read_csv(whole[0] / "history.csv")
     assert table["epoch"].tolist() == list(range(8))
