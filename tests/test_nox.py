@@ -1355,14 +1355,8 @@ def survivor(data, tmp_path_factory):
     """
     folder, ends = tmp_path_factory.mktemp("survivor"), []
     states = [f"checkpoint/generator_color/epoch{done}.weights.h5" for done in range(3)]
-    names = [
-        states[0],
-        "history.csv",
-        states[1],
-        states[0],
-        "checkpoint/generator_color/run.json",
-        "generator_color.h5",
-    ]
+    record = "checkpoint/generator_color/run.json"  # written before the first state and after each
+    names = [record, states[0], record, "history.csv", states[1], states[0], record, "generator_color.h5"]
     script = STOPPED.format(tests=str(ROOT / "tests"))
     for name, how in *((name, signal.SIGKILL) for name in names), ("history.csv", signal.SIGINT):
         line = [sys.executable, "-uc", script, name, str(int(how)), "train", "--data", str(data), *RUN]
@@ -1380,9 +1374,9 @@ def test_ctrl_c_ends_with_one_line(survivor):
 
 def test_a_run_killed_at_each_step_of_saving_equals_one_that_was_not(survivor, whole):
     folder, ends = survivor
-    assert [end.returncode for end in ends[:-1]] == [-signal.SIGKILL] * 6
+    assert [end.returncode for end in ends[:-1]] == [-signal.SIGKILL] * 8
     done = [re.search(r"(\d) of 8 epochs done", end.stdout) for end in ends]
-    assert [match and int(match[1]) for match in done] == [None, 0, 0, 0, 1, 2, 2]
+    assert [match and int(match[1]) for match in done] == [None, None, None, 0, 0, 0, 1, 2, 2]
     assert_same_run(folder, whole[0])
     assert [name for name in names(folder) if not name.startswith(".")] == names(whole[0])
 
