@@ -112,7 +112,7 @@ POPULATIONS = {
     "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
     "beacons": Population(0.30, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(2, 30, True)),
 }  # fmt: skip
-STARLESS_CHANCE = 0.05  # no star at all: nothing may be taken
+STARLESS_CHANCE = 0.08  # no star at all: nothing may be taken, not even galaxies that look like stars
 SPARSE_CHANCE, SPARSE = 0.25, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
 MARGIN = 0.06  # stars are drawn so far outside the frame, over its side: their halos reach in
 EXCESS = 3e5  # most light of a beacon over a just saturated star's: 14 magnitudes
@@ -740,17 +740,17 @@ def blackbody_rgb(temperature):
     return ratio / ratio[..., 1:2]
 
 
-def draw_stars(rng, shape, optics, visible_flux):
+def draw_stars(rng, shape, optics, visible_flux, share=1.0):
     """Table of the stars of one picture: x, y, flux, fwhm, temperature, population.
 
-    visible_flux(d) is the flux of a star that stands d over the sky once stretched. Stars up to a margin outside the
-    frame are drawn too: their halos reach in.
+    share: of all stars but giants and beacons, which is left; 0 leaves none at all. visible_flux(d) is the flux of a
+    star that stands d over the sky once stretched. Stars up to a margin outside the frame are drawn too: their halos
+    reach in.
     """
-    any_stars, left = not chance(rng, STARLESS_CHANCE), SPARSE(rng) if chance(rng, SPARSE_CHANCE) else 1.0
     tables = []
     for name, population in POPULATIONS.items():
-        share = any_stars * chance(rng, population.chance) * (1.0 if name in ("giants", "beacons") else left)
-        tables.append(draw_population(rng, name, share, shape, optics, visible_flux))
+        left = chance(rng, population.chance) * (np.sign(share) if name in ("giants", "beacons") else share)
+        tables.append(draw_population(rng, name, left, shape, optics, visible_flux))
     return vstack(tables)
 
 
@@ -1062,10 +1062,10 @@ def bleed(rng, light, stars, peak):
             canvas[first:last, left : left + width] = np.maximum(canvas[first:last, left : left + width], 1)
 
 
-def expose(rng, sky, optics, color, noise):
+def expose(rng, sky, optics, color, noise, share):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table.
 
-    noise is its standard deviation in display units at the sky's level.
+    noise is its standard deviation in display units at the sky's level, share as for draw_stars.
     """
     shape = sky.shape[:2]
     forward, inverse = draw_stretch(rng, color)
@@ -1082,7 +1082,7 @@ def expose(rng, sky, optics, color, noise):
     def visible_flux(height):
         return max(float(np.mean(light_over(0.0 if screen else median, height))), 1e-6) / peak
 
-    stars = draw_stars(rng, shape, optics, visible_flux)
+    stars = draw_stars(rng, shape, optics, visible_flux, share)
     colors = star_colors(rng, stars["temperature"].data, color)
     darkest = 0.0 if screen else np.percentile(linear[::4, ::4], 2)
     threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
@@ -1170,11 +1170,12 @@ def make_pair(index, settings, path=None):
     if chance(rng, RESIZE_CHANCE):
         size = next_fast_len(int(size / RESIZE(rng)), real=True)  # Fourier transforms of a prime length are slow
     optics = draw_optics(rng, color)
-    sky = background(rng, size, optics.widest, path)
+    share = 0.0 if chance(rng, STARLESS_CHANCE) else SPARSE(rng) if chance(rng, SPARSE_CHANCE) else 1.0
+    sky = background(rng, size, optics.widest * (1.0 if share else 0.5), path)  # galaxies are told apart from stars
     if not color:
         sky = np.repeat((sky @ np.array([0.299, 0.587, 0.114], np.float32))[..., None], 3, axis=2)
     noise = 0.0 if chance(rng, NOISELESS_CHANCE) else NOISE(rng)
-    starry, starless, stars = expose(rng, sky, optics, color, noise)
+    starry, starless, stars = expose(rng, sky, optics, color, noise, share)
     process = draw_processing(rng, settings.size, color, noise)
     starry, starless = process(starry.astype(np.float32)), process(starless.astype(np.float32))
     starry = np.where(np.abs(starry - starless) < HALF_LEVEL, starless, starry)
