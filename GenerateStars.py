@@ -503,7 +503,8 @@ def blobs(rng, size, fwhm):
         blob *= (1 - smoothstep(r, 0.5 * half, half)) / blob.max()
         column, row = rng.integers(0, size, 2)
         add_window(light, blob[..., None], rng.uniform(0.05, 0.7) * hue * rng.uniform(0.7, 1.3, 3), column, row)
-    return light * (0.15 + gas(rng, size)[..., None])  # torn, not round
+    torn = light * (0.15 + gas(rng, size)[..., None])  # not round
+    return cv2.GaussianBlur(torn, (0, 0), fwhm / 2.355)  # shreds sharper than a star would look like one
 
 
 def globular(rng, size, fwhm):
