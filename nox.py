@@ -2122,12 +2122,14 @@ def drop_islands(light, picture, stretch, rows):
     """
     without = picture.without(light, stretch, rows)
     starry, starless = (np.nan_to_num(x) for x in (picture.unit(rows), picture.with_pixels(without).unit()))
-    removed, smooth = (cv2.blur(x, (3, 3)).reshape(light.shape) for x in (starry - starless, starless))
+    touched = (starry != starless).any(axis=2)
+    removed, starless = (x.astype(np.float32) for x in (starry - starless, starless))
+    removed, smooth = (cv2.blur(x, (3, 3)).reshape(light.shape) for x in (removed, starless))
     grain = np.abs(smooth - cv2.GaussianBlur(starless, (0, 0), 3).reshape(light.shape))
     for columns in bands(light.shape[1]):
         deviation = 1.4826 * np.median(grain[:, columns], axis=(0, 1))  # a median: stars that are left do not count
         removed[:, columns] /= np.maximum(deviation, 1e-12)
-    count, islands = cv2.connectedComponents((starry != starless).any(axis=2).astype(np.uint8))
+    count, islands = cv2.connectedComponents(touched.astype(np.uint8))
     stays = np.zeros(count, bool)
     stays[islands[(np.abs(removed) >= SIGNIFICANCE).any(axis=2)]] = True
     if rows.start > 0:

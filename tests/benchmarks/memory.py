@@ -1,6 +1,6 @@
 """Peak memory of nox.py infer for pictures of several sizes, float32 in and out.
 
-    python tests/benchmarks/memory.py [--megapixels 1 10 50] [--weights FILE | --tiny]
+    python tests/benchmarks/memory.py [--megapixels 1 10 50] [--weights FILE | --tiny] [--linear]
 
 Each size runs in its own process, from TIFF to TIFF. The picture's own arrays, the pixels that go in and those that
 come out, are taken off in the column "above".
@@ -37,6 +37,7 @@ def main():
     parser.add_argument("--megapixels", type=float, nargs="+", default=[1, 10, 50], help="100 needs minutes")
     parser.add_argument("--weights", default="", help="default: the shipped ones")
     parser.add_argument("--tiny", action="store_true", help="a network of width 4, 20 times faster")
+    parser.add_argument("--linear", action="store_true", help="the pictures are taken for linear data")
     values = parser.parse_args()
     print("| megapixels | own arrays, GB | peak, GB | above |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +51,7 @@ def main():
             side = round((megapixels * 1e6) ** 0.5)
             own = 2 * side * side * 3 * 4 / 1e9
             cv2.imwrite(str(source), np.random.default_rng(0).random((side, side, 3), np.float32))
-            flags = ["--weights", weights] if weights else []
+            flags = [*(["--weights", weights] if weights else []), "--linear", "yes" if values.linear else "no"]
             whole = peak(ROOT / "nox.py", "infer", source, "-o", output, "--overwrite", *flags)
             numbers = own, whole, whole - own
             print(f"| {megapixels:g} | " + " | ".join(f"{n:.2f}" for n in numbers) + " |", flush=True)
