@@ -1,5 +1,6 @@
 """Behaviour of GenerateStars.py: what its pairs hold, against references of their own, and its command line."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -442,6 +443,22 @@ def test_galaxies_are_wider_than_the_stars():
         peak = np.unravel_index(light.argmax(), light.shape)
         box = tuple(slice(max(p - 6, 0), p + 7) for p in peak)
         assert width(light[box]) > width(star[58:71, 58:71])
+
+
+def test_knots_are_no_sharper_than_the_stars():
+    """Nowhere does their light bend more, for its height, than in the middle of a star, a Gaussian of the same FWHM."""
+    star = 1 - np.exp(-0.5 * (2.355 / 4) ** 2)
+    for seed in range(6):
+        light = gs.blobs(np.random.default_rng(seed), 256, 4.0).mean(axis=-1)
+        height, bend = light[1:-1], light[1:-1] - (light[:-2] + light[2:]) / 2
+        assert (bend / height.clip(1e-9))[height > 0.2 * light.max()].max() < star
+
+
+def test_galaxies_are_wider_than_trailed_and_comatic_stars():
+    optics = plain_optics(fwhm=3.0)
+    assert optics.widest == 3
+    trailed = dataclasses.replace(optics, trail=np.array([0.0, 4.0]), coma=12.0, chromatic=np.array([1.2, 1, 0.9]))
+    assert trailed.widest == pytest.approx(1.2 * 13)
 
 
 # --------------------------------------------------------------------------------------------------------------------
