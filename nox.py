@@ -2121,7 +2121,8 @@ def drop_islands(light, picture, stretch, rows):
     Those that may go on above or below the rows are left.
     """
     without = picture.without(light, stretch, rows)
-    starry, starless = (np.nan_to_num(x) for x in (picture.unit(rows), picture.with_pixels(without).unit()))
+    both = picture.unit(rows), picture.with_pixels(without).unit()
+    starry, starless = (np.nan_to_num(x, posinf=0, neginf=0) for x in both)
     touched = (starry != starless).any(axis=2)
     removed, starless = (x.astype(np.float32) for x in (starry - starless, starless))
     removed, smooth = (cv2.blur(x, (3, 3)).reshape(light.shape) for x in (removed, starless))
