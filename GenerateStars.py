@@ -196,7 +196,7 @@ KNOTS = Range(3, 80, True)  # a picture that has any
 GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shoulder: some are burnt out
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
-GALAXY_CUSP = 0.4  # most Sersic index for each FWHM of its half-light radius: a small cusp looks like a star with halo
+GALAXY_CUSP = 0.4  # Sersic index at most this x (1 + half-light radius in FWHM): small cusps look like stars with halos
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
 BURNT_SIZE, BURNT_HEIGHT = 6, 0.8  # for the same reason, those of fewer FWHM (half-light radius) do not burn out
@@ -474,7 +474,7 @@ def galaxy_field(rng, size, fwhm):
             continue
         rows, columns = (slice(max(int(c) - reach, 0), min(int(c) + reach + 1, size)) for c in (y, x))
         yy, xx = np.mgrid[rows, columns].astype(np.float32)
-        index = rng.uniform(0.6, min(4.0, GALAXY_CUSP * wide + 0.4))  # disks, and cusps where they show
+        index = rng.uniform(0.6, min(4.0, GALAXY_CUSP * (1 + wide)))  # disks, and cusps where they show
         shape = np.float32([1, r_eff, index, x, y, ellipticity, rng.uniform(0, np.pi)])
         profile = cv2.GaussianBlur(SERSIC.evaluate(xx, yy, *shape), (0, 0), fwhm / 2.355)
         profile *= 1 - smoothstep(np.hypot(xx - shape[3], yy - shape[4]), 0.6 * reach, reach - 1)  # no square is seen
@@ -596,7 +596,7 @@ class Optics:
     @property
     def widest(self):
         """FWHM of the widest stars of the picture, along their trail or their coma in a corner."""
-        return float(np.sqrt(self.fwhm**2 + self.trail @ self.trail + self.coma**2) * max(1.0, *self.chromatic))
+        return float(np.sqrt(self.fwhm**2 + self.trail @ self.trail + self.coma**2) * self.chromatic.max())
 
     @property
     def varies(self):
