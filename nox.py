@@ -595,7 +595,7 @@ def read_jpeg(path, _):
 
 
 def write_jpeg(picture, path):
-    quality = [cv2.IMWRITE_JPEG_QUALITY, 98, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     data, metadata = encode(with_alpha(picture), ".jpg", quality), picture.metadata
     kept = metadata.get("jpeg", [])
     first, jfif = next(jpeg_segments(data))

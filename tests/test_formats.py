@@ -227,6 +227,14 @@ def test_a_profile_longer_than_a_jpeg_segment_stays_whole(infer):
         assert image.info["icc_profile"] == icc(3, 200_000)
 
 
+def test_jpeg_without_stars_is_written_again_within_rounding(infer):
+    Image.fromarray(noise(60, 80, 3)).save("in.jpg", quality=75)
+    infer("in.jpg", kind="identity")
+    before, after = (np.asarray(Image.open(name)).astype(int) for name in ("in.jpg", "starless.jpg"))
+    assert np.abs(after - before).max() <= 4
+    assert np.abs(after - before).mean() < 0.5
+
+
 @pytest.mark.parametrize("extension", [".png", ".jpg", ".tif"])
 def test_pixels_stay_as_stored_whatever_the_orientation(extension, infer):
     infer(save_with_metadata("in" + extension), "-o", "out.tif", kind="identity")
