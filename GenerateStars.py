@@ -110,7 +110,7 @@ POPULATIONS = {
     "dwarfs": Population(0.30, Range(200, 8000, True), Range(0.012, 0.06, True), Range(1, 3), Range(0.8, 1.4), Range(1800, 3600, True)),
     "cluster": Population(0.20, Range(200, 6000, True), Range(0.02, 0.4, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), spread=Range(0.03, 0.25, True)),
     "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
-    "beacons": Population(0.30, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(2, 30, True)),
+    "beacons": Population(0.40, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(2, 30, True)),
 }  # fmt: skip
 STARLESS_CHANCE = 0.08  # no star at all: nothing may be taken, not even galaxies that look like stars
 SPARSE_CHANCE, SPARSE = 0.25, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
@@ -150,7 +150,9 @@ HALO_SCALE = Range(1.5, 30, True)  # exponential scale, or the FWHM of an aureol
 AUREOLE_CHANCE, AUREOLE_BETA = 0.5, Range(1.2, 2.0)  # halo that falls as r^-2beta; King 1971 found r^-2
 RAYS_CHANCE, RAYS, RAY_COUNT = 0.25, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
-REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.12, Range(0.003, 0.05, True), Range(10, 60, True)
+REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.2, Range(0.003, 0.05, True), Range(10, 60, True)
+REFLECTION_RIM = Range(0.3, 4.0, True)  # light of a disc's rim over its middle's, less 1; of half of all discs
+REFLECTION_TINT = Range(0.1, 1.0)  # of each channel: coatings and filters reflect one colour most
 
 BLEED_CHANCE, BLEED = 0.04, Range(2, 10)  # charge of saturated stars along the CCD's columns, FWHM a decade of excess
 
@@ -418,7 +420,7 @@ def sky_gradient(rng, size):
 
 def large_galaxy(rng, size, fwhm):
     """A spiral or an elliptical galaxy as large as the frame or a part of it, added light of shape (size, size, 3)."""
-    scale, angle = size * Range(0.06, 0.5, True)(rng), np.float32(rng.uniform(0, np.pi))
+    scale, angle = size * Range(0.02, 0.5, True)(rng), np.float32(rng.uniform(0, np.pi))
     arms = chance(rng, SPIRAL_CHANCE)
     q = rng.uniform(0.2, 1.0 if arms else ROUNDEST)
     y, x = np.indices((size, size), dtype=np.float32)
@@ -638,6 +640,18 @@ def draw_halo(rng, fwhm, color):
     }
 
 
+def draw_reflection(rng, color):
+    tint = REFLECTION_TINT(rng, 3) if color else np.ones(3)
+    return {
+        "light": REFLECTION_LIGHT(rng),
+        "radius": REFLECTION_RADIUS(rng),
+        "offset": rng.normal(0, 8, 2),
+        "rim": REFLECTION_RIM(rng) * chance(rng, 0.5),
+        "hole": OBSTRUCTION(rng) * chance(rng, 0.5),  # shadow of the secondary mirror over the disc
+        "tint": tint / tint.mean(),
+    }
+
+
 def draw_optics(rng, color):
     fwhm = FWHM_LARGE(rng) if chance(rng, FWHM_LARGE_CHANCE) else FWHM(rng)
     core = pick(rng, CORE_SHARES)
@@ -661,7 +675,7 @@ def draw_optics(rng, color):
         seeing=SEEING(rng, 2) * chance(rng, SEEING_CHANCE),
         spikes=draw_spikes(rng, color) if chance(rng, SPIKE_CHANCE) else None,
         halo=draw_halo(rng, fwhm, color) if chance(rng, HALO_CHANCE) else None,
-        reflection={"light": REFLECTION_LIGHT(rng), "radius": REFLECTION_RADIUS(rng), "offset": rng.normal(0, 8, 2)} if chance(rng, REFLECTION_CHANCE) else None,
+        reflection=draw_reflection(rng, color) if chance(rng, REFLECTION_CHANCE) else None,
     )  # fmt: skip
 
 
@@ -866,12 +880,22 @@ def far_light(optics, dx, dy):
         glow = moffat(radius, scale, beta) if beta else np.exp(-radius / scale) / (2 * np.pi * scale**2)
         light += (optics.halo["light"] * rays * glow)[..., None] * tint
     if optics.reflection:
-        offset, size = optics.reflection["offset"], optics.reflection["radius"]
-        disc = 0.5 * (1 - np.tanh((np.hypot(dx - offset[0], dy - offset[1]) - size) / 1.5)) / (np.pi * size**2)
-        light += (optics.reflection["light"] * disc)[..., None]
+        light += reflection_light(optics.reflection, dx, dy)
     if optics.spikes:
         light += spike_light(optics, dx, dy, radius)
     return light
+
+
+def reflection_light(reflection, dx, dy):
+    """Reflection disc of a star of flux 1, shape (h, w, 3): an image of the pupil far out of focus, its rim brighter."""
+    size, offset = reflection["radius"], reflection["offset"]
+    radius = np.hypot(dx - offset[0], dy - offset[1])
+    inside = lambda edge: 0.5 * (1 - np.tanh((radius - edge) / 1.5))  # noqa: E731
+    rim = reflection["rim"] * np.exp(-(((radius - size) / (0.1 * size)) ** 2))
+    disc = inside(size) * (1 + rim)
+    if reflection["hole"]:
+        disc = disc - inside(reflection["hole"] * size)
+    return (reflection["light"] / (np.pi * size**2) * disc)[..., None] * reflection["tint"]
 
 
 def spike_light(optics, dx, dy, radius):

@@ -193,6 +193,21 @@ def test_star_beyond_the_edge_sends_its_halo_in():
     assert image[40, 20] > 0.9 * expected
 
 
+@pytest.mark.parametrize("rim, hole", [(0.0, 0.0), (3.0, 0.0), (0.0, 0.4), (3.0, 0.4)])
+def test_reflection_is_a_disc_with_its_rim_and_hole(rim, hole):
+    tint = np.array([1.8, 0.9, 0.3])
+    reflection = {"light": 0.02, "radius": 40.0, "offset": (6.0, -9.0), "rim": rim, "hole": hole, "tint": tint}
+    dy, dx = np.mgrid[-70:71, -70:71].astype(np.float32)
+    light = gs.far_light(plain_optics(reflection=reflection), dx, dy)
+    middle, half, edge, beyond = (light[70 - 9, 70 + 6 + r, 1] for r in (0, 24, 38, 46))
+    disc = 0.9 * 0.02 / (np.pi * 40**2)
+    assert half == pytest.approx(disc, rel=0.02)
+    assert middle == pytest.approx(0 if hole else disc, abs=0.02 * disc)
+    assert (edge > 2 * disc) == (rim > 0)
+    assert beyond < 0.01 * disc
+    np.testing.assert_allclose(light.sum(axis=(0, 1)) / light.sum(), tint / 3, rtol=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Stars: magnitudes, colours, catalogue
 # --------------------------------------------------------------------------------------------------------------------
