@@ -2120,15 +2120,17 @@ def drop_islands(light, picture, stretch, rows):
 
     Those that may go on above or below the rows are left.
     """
+    from astropy.stats import mad_std
+
     without = picture.without(light, stretch, rows)
     both = picture.unit(rows), picture.with_pixels(without).unit()
     starry, starless = (np.nan_to_num(x, posinf=0, neginf=0) for x in both)
     touched = (starry != starless).any(axis=2)
     removed, starless = (x.astype(np.float32) for x in (starry - starless, starless))
     removed, smooth = (cv2.blur(x, (3, 3)).reshape(light.shape) for x in (removed, starless))
-    grain = np.abs(smooth - cv2.GaussianBlur(starless, (0, 0), 3).reshape(light.shape))
+    grain = smooth - cv2.GaussianBlur(starless, (0, 0), 3).reshape(light.shape)
     for columns in bands(light.shape[1]):
-        deviation = 1.4826 * np.median(grain[:, columns], axis=(0, 1))  # a median: stars that are left do not count
+        deviation = mad_std(grain[:, columns], axis=(0, 1))  # of medians: stars that are left do not count
         removed[:, columns] /= np.maximum(deviation, 1e-12)
     count, islands = cv2.connectedComponents(touched.astype(np.uint8))
     stays = np.zeros(count, bool)
