@@ -144,14 +144,15 @@ SPIKE_DECAY = Range(1.2, 2.2)  # exponent of the fall along the arm
 SPIKE_LENGTH = Range(8, 60, True)  # in FWHM, on which the arm ends exponentially
 SPIKE_RAINBOW_CHANCE, SPIKE_SPLIT_CHANCE = 0.4, 0.2
 SPIKE_PERIOD = Range(8, 40, True)  # pixels between the colour fringes of a spike
-HALO_CHANCE = 0.5
-HALO_LIGHT = Range(0.02, 0.6, True)  # share of the star's light; a diffusion filter scatters half of it
+HALO_COUNT = {0: 0.5, 1: 0.22, 2: 0.16, 3: 0.12}  # several sum up to a glow that falls off slowly, without an edge
+HALO_LIGHT = Range(0.02, 0.6, True)  # of each, over that of the star; a diffusion filter scatters half of it
 HALO_SCALE = Range(1.5, 30, True)  # exponential scale, or the FWHM of an aureole, in FWHM
-AUREOLE_CHANCE, AUREOLE_BETA = 0.5, Range(1.2, 2.0)  # halo that falls as r^-2beta; King 1971 found r^-2
+AUREOLE_CHANCE, AUREOLE_BETA = 0.5, Range(1.1, 2.0)  # halo that falls as r^-2beta; King 1971 found r^-2
 RAYS_CHANCE, RAYS, RAY_COUNT = 0.25, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
 REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.2, Range(0.003, 0.05, True), Range(10, 60, True)
-REFLECTION_RIM = Range(0.3, 4.0, True)  # light of a disc's rim over its middle's, less 1; of half of all discs
+RIM_CHANCE, REFLECTION_RIM = 0.5, Range(0.3, 4.0, True)  # light of a disc's rim over its middle's, less 1
+HOLE_CHANCE = 0.5  # shadow of the secondary mirror over the disc
 REFLECTION_TINT = Range(0.1, 1.0)  # of each channel: coatings and filters reflect one colour most
 
 BLEED_CHANCE, BLEED = 0.04, Range(2, 10)  # charge of saturated stars along the CCD's columns, FWHM a decade of excess
@@ -191,17 +192,19 @@ JPEG_CHANCE, JPEG_QUALITY = 0.35, Range(72, 98)
 SKY_LEVEL = Range(0.01, 0.25, True)  # display level of the darkest sky
 NEBULA_PEAK = Range(0.05, 4.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
 EMPTY_SKY_CHANCE = 0.25  # no nebula at all: a gradient and noise
-GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.25, 0.28, 0.17
-SPIRAL_CHANCE = 0.6  # of large galaxies; the others are ellipticals
+GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.30, 0.28, 0.17
+SPIRAL_CHANCE = 0.5  # of large galaxies; the others are ellipticals
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
-KNOTS = Range(3, 80, True)  # a picture that has any
+KNOTS, KNOT_LIGHT = Range(3, 80, True), Range(0.05, 1.5, True)  # in a picture that has any; before the shoulder
+GALAXY_SCALE = Range(0.02, 0.5, True)  # of a large one's disk over the frame
 GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shoulder: some are burnt out
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 GALAXY_CUSP = 0.4  # Sersic index at most this x (1 + half-light radius in FWHM): small cusps look like stars with halos
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
-BURNT_SIZE, BURNT_HEIGHT = 6, 0.8  # for the same reason, those of fewer FWHM (half-light radius) do not burn out
+BURNT_SIZE, BURNT_HEIGHT = 6, 0.8  # for the same reason, those of fewer FWHM (radius) do not burn out
+BURNT_ELLIPTICAL = 2.5  # nor, of any size, those without arms: a giant star in its glow is white in the middle
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
 PALETTE = {  # red, green, blue of an emission or a reflection, display colours
@@ -420,7 +423,7 @@ def sky_gradient(rng, size):
 
 def large_galaxy(rng, size, fwhm):
     """A spiral or an elliptical galaxy as large as the frame or a part of it, added light of shape (size, size, 3)."""
-    scale, angle = size * Range(0.02, 0.5, True)(rng), np.float32(rng.uniform(0, np.pi))
+    scale, angle = size * GALAXY_SCALE(rng), np.float32(rng.uniform(0, np.pi))
     arms = chance(rng, SPIRAL_CHANCE)
     q = rng.uniform(0.2, 1.0 if arms else ROUNDEST)
     y, x = np.indices((size, size), dtype=np.float32)
@@ -434,7 +437,10 @@ def large_galaxy(rng, size, fwhm):
         core = max(scale * rng.uniform(0.05, 0.4), GALAXY_CORE * fwhm / power)
         profile = np.exp(-((radius / core) ** np.float32(power)))
         light = tinted(cv2.GaussianBlur(profile, (0, 0), fwhm / 2.355), OLD_STARS)
-    return np.float32(GALAXY_LIGHT(rng)) * light.astype(np.float32)
+    height = GALAXY_LIGHT(rng)
+    if not arms or scale < BURNT_SIZE * fwhm:
+        height = min(height, BURNT_HEIGHT if arms else BURNT_ELLIPTICAL)
+    return np.float32(height) * light.astype(np.float32)
 
 
 OLD_STARS, YOUNG_STARS = np.float32([1.0, 0.85, 0.65]), np.float32([0.6, 0.75, 1.0])  # display colours
@@ -504,7 +510,7 @@ def blobs(rng, size, fwhm):
         r = np.hypot(*np.indices(blob.shape) - half)
         blob *= (1 - smoothstep(r, 0.5 * half, half)) / blob.max()
         column, row = rng.integers(0, size, 2)
-        add_window(light, blob[..., None], rng.uniform(0.05, 0.7) * hue * rng.uniform(0.7, 1.3, 3), column, row)
+        add_window(light, blob[..., None], KNOT_LIGHT(rng) * hue * rng.uniform(0.7, 1.3, 3), column, row)
     torn = light * (0.15 + gas(rng, size)[..., None])  # not round
     return cv2.GaussianBlur(torn, (0, 0), fwhm / 2.355)  # shreds sharper than a star would look like one
 
@@ -592,7 +598,7 @@ class Optics:
     field_blur: float  # growth of the FWHM to the corner
     seeing: np.ndarray  # (2,) growth of the FWHM from the middle to the right and the lower edge
     spikes: dict | None
-    halo: dict | None
+    halos: list[dict]
     reflection: dict | None
 
     @property
@@ -646,8 +652,8 @@ def draw_reflection(rng, color):
         "light": REFLECTION_LIGHT(rng),
         "radius": REFLECTION_RADIUS(rng),
         "offset": rng.normal(0, 8, 2),
-        "rim": REFLECTION_RIM(rng) * chance(rng, 0.5),
-        "hole": OBSTRUCTION(rng) * chance(rng, 0.5),  # shadow of the secondary mirror over the disc
+        "rim": REFLECTION_RIM(rng) * chance(rng, RIM_CHANCE),
+        "hole": OBSTRUCTION(rng) * chance(rng, HOLE_CHANCE),
         "tint": tint / tint.mean(),
     }
 
@@ -674,7 +680,7 @@ def draw_optics(rng, color):
         field_blur=FIELD_BLUR(rng),
         seeing=SEEING(rng, 2) * chance(rng, SEEING_CHANCE),
         spikes=draw_spikes(rng, color) if chance(rng, SPIKE_CHANCE) else None,
-        halo=draw_halo(rng, fwhm, color) if chance(rng, HALO_CHANCE) else None,
+        halos=[draw_halo(rng, fwhm, color) for _ in range(pick(rng, HALO_COUNT))],
         reflection=draw_reflection(rng, color) if chance(rng, REFLECTION_CHANCE) else None,
     )  # fmt: skip
 
@@ -869,16 +875,15 @@ def add_window(canvas, stamp, color, column, row):
 
 
 def far_light(optics, dx, dy):
-    """Light of spikes, halo and reflection disc of a white star of flux 1, shape (*dx.shape, 3)."""
+    """Light of spikes, halos and reflection disc of a white star of flux 1, shape (*dx.shape, 3)."""
     light = np.zeros((*dx.shape, 3), np.float32)
     radius = np.hypot(dx, dy)
-    if optics.halo:
-        scale, blue = optics.halo["scale"], optics.halo["blue"]
+    for halo in optics.halos:
+        scale, blue, beta = halo["scale"], halo["blue"], halo["aureole"]
         tint = np.array([1, (1 + blue) / 2, blue]) / ((1 + blue) / 2)
-        rays = np.interp(np.arctan2(dy, dx), np.linspace(-np.pi, np.pi, len(optics.halo["rays"])), optics.halo["rays"])
-        beta = optics.halo["aureole"]
+        rays = np.interp(np.arctan2(dy, dx), np.linspace(-np.pi, np.pi, len(halo["rays"])), halo["rays"])
         glow = moffat(radius, scale, beta) if beta else np.exp(-radius / scale) / (2 * np.pi * scale**2)
-        light += (optics.halo["light"] * rays * glow)[..., None] * tint
+        light += (halo["light"] * rays * glow)[..., None] * tint
     if optics.reflection:
         light += reflection_light(optics.reflection, dx, dy)
     if optics.spikes:

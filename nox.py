@@ -2014,10 +2014,23 @@ def answers(generator, tiles, size):
             yield from zip(batch, starless)
 
 
+FAINT = 1 / 255, 3 / 255  # light in an image: up to the first none of it is taken, from the second on all
+
+
+def without_faint(light):
+    """Light without what is too faint to be trusted, by the brightest channel of each pixel.
+
+    A gate is seldom shut to the last bit; and where it finds up to two levels, to leave them came closer to the truth
+    than to take them (measured, tests/benchmarks/fresh_pairs.py).
+    """
+    strength = np.abs(light).max(axis=2, keepdims=True)
+    return light * ((strength - FAINT[0]) / (FAINT[1] - FAINT[0])).clip(0, 1)
+
+
 def light_bands(generator, architecture, shape, look, settings, title=None):
     """(rows, the light of the stars in them) from the top of an image of that shape to its bottom, float32.
 
-    look: gives the part of the image that is at an index of an array. Exactly 0 where the network leaves a pixel alone.
+    look: gives the part of the image that is at an index of an array. Exactly 0 where no star is found.
     Tiles are blended, feathered, where they overlap; the light of one row of them is kept, no more, and changed when the
     next one is asked for. title: of the progress bar, or None.
     """
@@ -2037,7 +2050,7 @@ def light_bands(generator, architecture, shape, look, settings, title=None):
             first = top - before  # the picture's row that the topmost of these is
             done = first + tops.step if top != tops[-1] else shape[0]
             for part in bands(done, max(first, 0)):
-                yield part, light[part.start - first : part.stop - first, aside : aside + shape[1]]
+                yield part, without_faint(light[part.start - first : part.stop - first, aside : aside + shape[1]])
             light[: -tops.step] = light[tops.step :]
             light[-tops.step :] = 0
 
@@ -2061,14 +2074,10 @@ def stretch_for(picture, settings):
         return fit_stretch(picture, settings.shadows, settings.target, settings.linked)
 
 
-HALF_LEVEL = 0.5 / 255  # of the display's 8 bits: what takes less light was no star in the pairs either
-
-
 def starlight(picture, stretch, settings, title, load):
     """(rows, the light of the stars in them, an image) from the top of a picture to its bottom.
 
-    load: load_generator, or one that remembers. No light is taken where the picture is transparent, nor where there is
-    too little to see: a gate is seldom shut to the last bit, and pixels of more than 8 bits would show that.
+    load: load_generator, or one that remembers. No light is taken where the picture is transparent.
     """
     height, width, given = picture.pixels.shape
     weights = weights_for(settings, given)
@@ -2090,7 +2099,6 @@ def starlight(picture, stretch, settings, title, load):
     for rows, light in found:
         image = look(rows)
         np.clip(light, image - 1, image, out=light)  # what remains lies in 0..1
-        light[np.abs(light).max(axis=2) < HALF_LEVEL] = 0
         if picture.alpha is not None:
             light[picture.alpha[rows] == 0] = 0
         yield rows, light

@@ -411,12 +411,23 @@ def test_a_constant_picture_stays_finite(value, linear, subtract):
 
 
 @pytest.mark.parametrize("linear", ["yes", "no"])
-@pytest.mark.parametrize("levels, stays", [(0.4, True), (-0.4, True), (0.6, False)])
-def test_light_below_half_a_grey_level_is_not_taken(levels, stays, linear, subtract):
+@pytest.mark.parametrize("levels, stays", [(0.9, True), (-0.9, True), (1.1, False)])
+def test_light_below_a_grey_level_is_not_taken(levels, stays, linear, subtract):
     pixels = noise(30, 40, 3, "uint16") // 2 + 20000
     write("in.png", pixels)
     subtract(levels / 255, "in.png", "--linear", linear)
     assert np.array_equal(read("starless.png"), pixels) == stays
+
+
+@pytest.mark.parametrize(
+    "levels, taken", [(1.0, 0.0), (1.5, 0.375), (2.0, 1.0), (-2.0, -1.0), (3.0, 3.0), (40.0, 40.0)]
+)
+def test_faint_light_fades_in(levels, taken):
+    light = np.zeros((5, 6, 3), np.float32)
+    light[2, 3] = [0.5 * levels / 255, levels / 255, 0]  # the brightest channel tells
+    found = nox.without_faint(light)
+    np.testing.assert_allclose(found[2, 3] * 255, [taken / 2, taken, 0], atol=1e-4)
+    assert not found[light == 0].any()
 
 
 def test_no_light_is_taken_where_a_picture_is_transparent(subtract):
@@ -509,15 +520,14 @@ def test_linear_data_lose_what_the_network_takes_from_their_stretched_picture(dt
     frame = linear_frame()
     pixels = frame if dtype == "float32" else np.rint(frame * 65535).astype("uint16")
     tifffile.imwrite("in.tif", pixels, photometric="rgb")
-    subtract(0.01, "in.tif", "--shadows", -0.05)
+    subtract(0.02, "in.tif", "--shadows", -0.05)
     new = tifffile.imread("starless.tif")
     x = pixels / (1 if dtype == "float32" else 65535.0)
     stretch = nox.fit_stretch(nox.Picture(x.astype("float32")), -0.05, 0.1875, False)
     clipped = x <= stretch.shadows
     assert same_bits(new[clipped], pixels[clipped]) and 0.05 < clipped.mean() < 0.5
     shown = stretch.forward(x)
-    light = np.minimum(shown, 0.01)
-    light[light.max(axis=2) < nox.HALF_LEVEL] = 0
+    light = np.minimum(shown, 0.02)
     expected = stretch.inverse(shown - light) * (1 if dtype == "float32" else 65535)
     np.testing.assert_allclose(new[~clipped], expected[~clipped], atol=1e-6 if dtype == "float32" else 0.5001)
 

@@ -44,7 +44,7 @@ def plain_optics(**changes):
     """Round Moffat stars without spikes, halo, coma or colour."""
     values = dict(
         core="moffat", fwhm=4.0, beta=3.0, axis_ratio=1.0, angle=0.0, obstruction=0.3, band=0.05, chromatic=np.ones(3),
-        shift=np.zeros((3, 2)), trail=np.zeros(2), coma=0.0, field_stretch=0.0, field_blur=0.0, seeing=np.zeros(2), spikes=None, halo=None,
+        shift=np.zeros((3, 2)), trail=np.zeros(2), coma=0.0, field_stretch=0.0, field_blur=0.0, seeing=np.zeros(2), spikes=None, halos=[],
         reflection=None,
     )  # fmt: skip
     return gs.Optics(**{**values, **changes})
@@ -187,10 +187,18 @@ def test_spikes_point_where_asked(angles):
 
 def test_star_beyond_the_edge_sends_its_halo_in():
     halo = {"light": 0.2, "scale": 10.0, "aureole": None, "blue": 1.0, "rays": np.ones(2)}
-    image = draw([(-3.0, 40.0, 1000.0)], plain_optics(halo=halo), 81, 1e-4)
+    image = draw([(-3.0, 40.0, 1000.0)], plain_optics(halos=[halo]), 81, 1e-4)
     r = 20 + 3
     expected = 1000 * (0.2 * np.exp(-r / 10) / (2 * np.pi * 100))
     assert image[40, 20] > 0.9 * expected
+
+
+def test_halos_add_up():
+    dy, dx = np.mgrid[-30:31, -30:31].astype(np.float32)
+    narrow = {"light": 0.1, "scale": 4.0, "aureole": None, "blue": 0.8, "rays": np.ones(2)}
+    wide = {"light": 0.3, "scale": 15.0, "aureole": 1.3, "blue": 1.5, "rays": np.ones(2)}
+    both, *each = (gs.far_light(plain_optics(halos=halos), dx, dy) for halos in ([narrow, wide], [narrow], [wide]))
+    np.testing.assert_allclose(both, sum(each), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rim, hole", [(0.0, 0.0), (3.0, 0.0), (0.0, 0.4), (3.0, 0.4)])
@@ -442,11 +450,18 @@ def test_gray_pictures_among_colour_pairs_have_no_colour_at_all(own_noise, monke
     monkeypatch.setattr(gs, "MONO_CHANCE", 1)
     monkeypatch.setattr(gs, "HALO_LIGHT", gs.Range(0.5, 0.6))
     monkeypatch.setattr(gs, "HALO_BLUE", gs.Range(2.0, 2.5))
-    for name in ("HALO_CHANCE", "SPIKE_CHANCE", "SPIKE_RAINBOW_CHANCE", "CHROMATIC_CHANCE", "HOT_PIXEL_CHANCE"):
+    monkeypatch.setattr(gs, "HALO_COUNT", {2: 1.0})
+    for name in ("SPIKE_CHANCE", "SPIKE_RAINBOW_CHANCE", "CHROMATIC_CHANCE", "HOT_PIXEL_CHANCE"):
         monkeypatch.setattr(gs, name, 1)
     for index in range(4):
         for image in make(index)[:2]:
             assert np.ptp(image, axis=-1).max() < 0.5 / 255
+
+
+def test_large_galaxies_without_arms_do_not_burn_out(monkeypatch):
+    monkeypatch.setattr(gs, "SPIRAL_CHANCE", 0)
+    heights = [gs.large_galaxy(np.random.default_rng(seed), 64, 2.0).max() for seed in range(40)]
+    assert max(heights) <= gs.BURNT_ELLIPTICAL * (1 + 1e-6) and max(heights) > 0.5 * gs.BURNT_ELLIPTICAL
 
 
 def test_galaxies_are_wider_than_the_stars():
