@@ -1,6 +1,7 @@
 """How fast nox.py train is, beside a plain loop, and whether it waits for its pairs.
 
-    python tests/benchmarks/train.py [--width 32] [--patch-size 256] [--batch-size 4] [--steps 6] [--workers 2] [--data DIR]
+    python tests/benchmarks/train.py [--width 32] [--patch-size 256] [--batch-size 4] [--steps 6] [--rounds 6]
+                                     [--workers 2] [--data DIR]
 
 Prints how many crops a second the pairs alone deliver, decoded anew and from memory, and how long a step would wait for
 them that does 500 crops a second without the CPU, as a fast GPU does. Then, for L1 alone and with the adversary, in
@@ -123,7 +124,7 @@ def bare_loop(model, data):
     return epoch
 
 
-def compared(pairs, architecture, settings, steps, adversarial, rounds=4):
+def compared(pairs, architecture, settings, steps, adversarial, rounds):
     """One line on one kind of step; all take turns, since machines have good and bad moments, and the best one counts."""
     model = nox.Nox(architecture, settings)
     model.adversarial = adversarial
@@ -147,7 +148,10 @@ def main():
     for name in "patch_size", "batch_size", "workers":
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(nox.Training, name))
     parser.add_argument("--width", type=int, default=nox.Architecture.width)
-    parser.add_argument("--steps", type=int, default=6, help="of an epoch; the fastest of four is told")
+    parser.add_argument("--steps", type=int, default=6, help="of an epoch")
+    parser.add_argument(
+        "--rounds", type=int, default=6, help="epochs of which the fastest is told, and one before them"
+    )
     parser.add_argument("--data", help="a folder of pairs instead of fresh ones")
     values = parser.parse_args()
     settings = nox.Training(patch_size=values.patch_size, batch_size=values.batch_size, workers=values.workers)
@@ -161,7 +165,9 @@ def main():
         for policy in "float32", "mixed_bfloat16":
             keras.config.set_dtype_policy(policy)
             for adversarial in False, True:
-                line = compared(pairs, nox.Architecture(width=values.width), settings, values.steps, adversarial)
+                line = compared(
+                    pairs, nox.Architecture(width=values.width), settings, values.steps, adversarial, values.rounds
+                )
                 print(f"{policy}, {'with the adversary' if adversarial else 'L1 alone'}: {line}", flush=True)
 
 
