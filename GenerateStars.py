@@ -203,7 +203,7 @@ GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smalle
 GALAXY_CUSP = 0.4  # Sersic index at most this x (1 + half-light radius in FWHM): small cusps look like stars with halos
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
-BURNT_SIZE, BURNT_HEIGHT = 6, 0.8  # for the same reason, those of fewer FWHM (radius) do not burn out
+BURNT_SIZE, BURNT_HEIGHT = 6, 0.8  # those of fewer FWHM (half-light radius, scale of a disk) do not burn out either
 BURNT_ELLIPTICAL = 2.5  # nor, of any size, those without arms: a giant star in its glow is white in the middle
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
@@ -437,10 +437,8 @@ def large_galaxy(rng, size, fwhm):
         core = max(scale * rng.uniform(0.05, 0.4), GALAXY_CORE * fwhm / power)
         profile = np.exp(-((radius / core) ** np.float32(power)))
         light = tinted(cv2.GaussianBlur(profile, (0, 0), fwhm / 2.355), OLD_STARS)
-    height = GALAXY_LIGHT(rng)
-    if not arms or scale < BURNT_SIZE * fwhm:
-        height = min(height, BURNT_HEIGHT if arms else BURNT_ELLIPTICAL)
-    return np.float32(height) * light.astype(np.float32)
+    most = BURNT_ELLIPTICAL if not arms else BURNT_HEIGHT if scale < BURNT_SIZE * fwhm else np.inf
+    return np.float32(min(GALAXY_LIGHT(rng), most)) * light.astype(np.float32)
 
 
 OLD_STARS, YOUNG_STARS = np.float32([1.0, 0.85, 0.65]), np.float32([0.6, 0.75, 1.0])  # display colours
@@ -881,7 +879,8 @@ def far_light(optics, dx, dy):
     for halo in optics.halos:
         scale, blue, beta = halo["scale"], halo["blue"], halo["aureole"]
         tint = np.array([1, (1 + blue) / 2, blue]) / ((1 + blue) / 2)
-        rays = np.interp(np.arctan2(dy, dx), np.linspace(-np.pi, np.pi, len(halo["rays"])), halo["rays"])
+        directions = np.linspace(-np.pi, np.pi, len(halo["rays"]), endpoint=False)
+        rays = np.interp(np.arctan2(dy, dx), directions, halo["rays"], period=2 * np.pi)
         glow = moffat(radius, scale, beta) if beta else np.exp(-radius / scale) / (2 * np.pi * scale**2)
         light += (halo["light"] * rays * glow)[..., None] * tint
     if optics.reflection:
@@ -934,7 +933,7 @@ def render(stars, colors, optics, shape, threshold):
     zone_y = (stars["y"].data / height * steps).astype(int).clip(0, steps - 1)
     fluxes = (stars["flux"].data[:, None] * colors).astype(np.float32)
     sprites, strongest = zones[0][0], fluxes.max(axis=1)
-    bright = strongest * max(sprites.falloff[-1], far_light(optics, *np.zeros((2, 1, 1))).max()) > threshold
+    bright = strongest * max(sprites.falloff[-1], far_light(optics, *brightest_far(optics)).max()) > threshold
     pad = math.ceil(MARGIN * max(shape)) + sprites.radius + 1  # no sprite is cut
     canvas = np.zeros((height + 2 * pad, width + 2 * pad, 3), np.float32)
     places = [a.tolist() for axis in ("x", "y") for a in sprites.place(stars[axis].data + pad)]
@@ -977,9 +976,17 @@ def draw_wings(x, y, fluxes, optics, sprite_radius, shape, threshold):
     return np.ascontiguousarray(light[:, rows, columns].transpose(1, 2, 0), np.float32).clip(0)
 
 
+def brightest_far(optics):
+    """dx, dy, each of shape (1, 2), of where far_light may be brightest: the middle, and a reflection off its hole."""
+    disc = optics.reflection or {"offset": (0.0, 0.0), "radius": 0.0}
+    return np.array([[0.0, disc["offset"][0] + 0.8 * disc["radius"]]]), np.array([[0.0, disc["offset"][1]]])
+
+
 def visible_radius(optics, flux, threshold, limit):
     """Radius beyond which no part of a star of that flux reaches the threshold, at most limit."""
-    for radius in np.geomspace(12, limit, 16).astype(int):
+    disc = optics.reflection  # with a hole, it is dark further in
+    nearest = 12 if disc is None else max(12, 1.1 * disc["radius"] + np.hypot(*disc["offset"]))
+    for radius in np.geomspace(min(nearest, limit), limit, 16).astype(int):
         along = optics.spikes["angles"] if optics.spikes else []
         ring = radius * np.exp(1j * np.concatenate([np.linspace(0, 2 * np.pi, 24), along]))[None]
         light = point_spread(optics, ring.real, ring.imag, 1) + far_light(optics, ring.real, ring.imag).max(axis=-1)
@@ -1260,6 +1267,7 @@ def save_pair(job):
             text = io.StringIO()
             stars.write(text, format="ascii.ecsv")
             write_bytes(catalog_path(settings.save_dir, index), text.getvalue().encode())
+        path_x.unlink(missing_ok=True)  # both are there when x is: never a new y beside an old x
         write_png(path_y, starless, settings.depth)
         write_png(path_x, starry, settings.depth)
     except Exception as error:  # one bad photograph must not end a long run; the exit status tells
@@ -1276,15 +1284,15 @@ def write_preview(settings, indices):
     """Contact sheet preview.png in the folder of the pairs: starry above starless, at most 6 in a row."""
     rows = []
     for start in range(0, len(indices), 6):
-        pairs = [[cv2.imread(str(p), cv2.IMREAD_COLOR) for p in pair_paths(settings.save_dir, i)] for i in indices[start : start + 6]]  # fmt: skip
-        pairs = [np.vstack(pair) for pair in pairs if pair[0] is not None and pair[1] is not None]
+        pairs = [pair_paths(settings.save_dir, i) for i in indices[start : start + 6]]
+        pairs = [np.vstack([read_background(path) for path in pair]) for pair in pairs if all(p.exists() for p in pair)]
         if pairs:
-            rows.append(np.hstack(pairs))
+            height = max(len(pair) for pair in pairs)
+            rows.append(np.hstack([np.pad(pair, ((0, height - len(pair)), (0, 0), (0, 0))) for pair in pairs]))
     if rows:
         width = max(row.shape[1] for row in rows)
         sheet = np.vstack([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
-        _, data = cv2.imencode(".png", sheet)
-        write_bytes(Path(settings.save_dir) / "preview.png", data.tobytes())
+        write_png(Path(settings.save_dir) / "preview.png", sheet, 8)
 
 
 def work(jobs, cpus):
@@ -1302,6 +1310,9 @@ def work(jobs, cpus):
             yield from (future.result() for future in done)
 
 
+MOST_CPUS = 61  # that Windows can wait for
+
+
 def generate(settings):
     """Make the pairs that settings ask for; returns the number of those that failed."""
     photographs = find_photographs(settings.backgrounds)
@@ -1316,7 +1327,9 @@ def generate(settings):
         print(f"{folder}: {len(indices) - len(missing)} of {len(indices)} pairs are there and kept (--overwrite: anew)")
     failed = 0
     with tqdm(total=len(missing), unit="pair", desc=str(folder)) as bar:
-        for message in work(((i, settings, photographs) for i in missing), settings.cpus or os.cpu_count()):
+        for message in work(
+            ((i, settings, photographs) for i in missing), settings.cpus or min(os.cpu_count(), MOST_CPUS)
+        ):
             bar.update()
             if message:
                 failed += 1

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -717,3 +718,113 @@ def test_one_file_for_two_outputs_is_refused(infer, folder):
 def test_a_wildcard_or_folder_without_pictures_is_told(name, folder):
     (folder / "empty").mkdir()
     assert f"{name}: no pictures there" in mistake("infer", name)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files that are odd, and files that must stay
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_cards_against_the_fits_standard_are_written_as_text(infer):
+    write_fits("in.fits", noise(20, 30, 1, "uint16")[..., 0])
+    data = Path("in.fits").read_bytes()
+    bad = b"CCD-TEMP= NaN".ljust(80)
+    assert b"END".ljust(80) in data
+    Path("in.fits").write_bytes(data.replace(b"OBJECT  = 'M 31    '".ljust(80), bad, 1))
+    infer("in.fits", kind="identity")
+    assert fits.getheader("starless.fits")["CCD-TEMP"] == "NaN"
+
+
+def test_checksums_of_the_pixels_before_are_left_out(infer):
+    write_fits("in.fits", noise(20, 30, 1, "uint16")[..., 0])
+    with fits.open("in.fits") as file:
+        file.writeto("summed.fits", checksum=True)
+    infer("summed.fits")
+    with warnings.catch_warnings(action="error"), fits.open("starless.fits", checksum=True) as file:
+        file[0].data.sum()
+    assert "DATASUM" in fits.getheader("summed.fits")
+
+
+def test_missing_pixels_of_unsigned_fits_integers_stay(subtract):
+    pixels = np.full((20, 30), 30000, np.uint16)
+    pixels[3:9, 4:7] = 0  # stored as -32768
+    fits.PrimaryHDU(pixels).writeto("in.fits")
+    with fits.open("in.fits", mode="update", do_not_scale_image_data=True) as file:
+        file[0].header["BLANK"] = -32768
+    picture = nox.read_picture("in.fits")
+    assert np.isnan(picture.unit()).sum() == 18
+
+
+def test_metadata_of_imagej_are_no_obstacle(infer):
+    pixels = noise(20, 30, 1, "uint16")
+    tifffile.imwrite("in.tif", pixels[..., 0], imagej=True, metadata={"Info": "a note", "Labels": ["one"]})
+    infer("in.tif", kind="identity")
+    assert np.array_equal(tifffile.imread("starless.tif"), pixels[..., 0])
+
+
+def test_a_reduced_picture_is_not_taken_for_the_whole(folder):
+    with tifffile.TiffWriter("in.tif") as tif:
+        tif.write(noise(8, 8, 3), photometric="rgb", subfiletype=1)
+        tif.write(noise(90, 90, 3), photometric="rgb")
+    assert "in.tif: begins with a reduced picture" in mistake("infer", "in.tif")
+    assert names() == ["in.tif"]
+
+
+def test_a_picture_too_large_for_a_format_is_told_and_nothing_left(infer, folder):
+    tifffile.imwrite("in.tif", np.zeros((1, 65600), np.uint8))
+    with pytest.raises(SystemExit, match="out.jpg: cannot be written"):
+        infer("in.tif", "-o", "out.jpg", kind="identity")
+    assert names() == ["in.tif"]
+
+
+def test_negative_pixels_stay_even_where_light_is_filled_in(subtract):
+    pixels = np.full((20, 30), 0.5, np.float32)
+    pixels[5:9] = -0.01
+    tifffile.imwrite("in.tif", pixels)
+    subtract(-0.25, "in.tif", "--linear", "no")
+    new = tifffile.imread("starless.tif")
+    assert same_bits(new[5:9], pixels[5:9]) and (new[:5] > 0.7).all()
+
+
+def test_stars_of_integers_without_a_black_are_refused(infer, folder):
+    write_scaled("in.fits", np.arange(600, dtype=np.int16).reshape(20, 30), BSCALE=0.001, BZERO=50)
+    with pytest.raises(SystemExit, match="stars.fits: the integers of this picture have none for black"):
+        infer("in.fits", "-o", "out.fits", "--stars", "stars.fits")
+    assert names() == ["in.fits"]
+    infer("in.fits", "-o", "out.fits", "--stars", "stars.fits", "--depth", "32f")
+    assert names() == ["in.fits", "out.fits", "stars.fits"]
+
+
+def test_one_picture_never_replaces_another(infer, folder, capsys):
+    first, second = write("b.png", noise(20, 30, 3)), write("b_starless.png", noise(30, 20, 3))
+    before = second.read_bytes()
+    with pytest.raises(SystemExit):
+        infer(first, second, "-o", ".", "--overwrite")
+    assert "b_starless.png: is one of the pictures" in capsys.readouterr().err
+    assert second.read_bytes() == before
+
+
+def test_the_copy_of_the_picture_replaces_no_other_output(infer, folder):
+    write("a.png", noise(20, 30, 3))
+    with pytest.raises(SystemExit, match="starry.png: is the copy"):
+        infer("a.png", "--stars", "starry.png")
+    assert names() == ["a.png"]
+
+
+def test_outputs_without_a_picture_are_refused(folder, capsys):
+    with pytest.raises(SystemExit):
+        run("infer", "-o", "out.tif")
+    assert "--output needs a picture" in capsys.readouterr().err
+    assert names() == []
+
+
+def test_a_folder_is_done_with_pictures_that_only_look_like_made_ones(infer, folder):
+    Path("in").mkdir()
+    for name in "M31", "M31_starless", "M42_stars":
+        write(f"in/{name}.png", noise(20, 30, 3))
+    infer("in", "-o", "out")
+    assert names("out") == ["M31_starless.png", "M42_stars_starless.png"]
+
+
+def test_a_path_that_cannot_be_looked_at_is_told(folder):
+    assert "File name too long" in mistake("infer", "x" * 300 + ".png")

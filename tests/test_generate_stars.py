@@ -201,6 +201,23 @@ def test_halos_add_up():
     np.testing.assert_allclose(both, sum(each), rtol=1e-5)
 
 
+def test_rays_of_a_halo_have_no_seam():
+    rays = np.exp(np.random.default_rng(0).standard_normal(40))
+    halo = {"light": 0.2, "scale": 10.0, "aureole": None, "blue": 1.0, "rays": rays}
+    angles = np.linspace(-np.pi, np.pi, 2001)
+    light = gs.far_light(plain_optics(halos=[halo]), 20 * np.cos(angles)[None], 20 * np.sin(angles)[None])[0, :, 1]
+    assert light[0] == pytest.approx(light[-1], rel=1e-4)
+    assert light.max() > 5 * light.min() and np.abs(np.diff(light)).max() < 0.1 * light.max()
+
+
+def test_reflection_with_a_hole_is_drawn_without_a_halo():
+    disc = {"light": 0.05, "radius": 30.0, "offset": (0.0, 0.0), "rim": 3.0, "hole": 0.4, "tint": np.ones(3)}
+    optics, flux = plain_optics(fwhm=2.0, beta=5.0, reflection=disc), 1000.0
+    rim = flux * gs.far_light(optics, np.array([[29.0]]), np.zeros((1, 1)))[0, 0, 1]
+    image = draw([(64, 64, flux)], optics, 129, rim / 20)
+    assert image[64, 64 + 29] == pytest.approx(rim, rel=0.05)
+
+
 @pytest.mark.parametrize("rim, hole", [(0.0, 0.0), (3.0, 0.0), (0.0, 0.4), (3.0, 0.4)])
 def test_reflection_is_a_disc_with_its_rim_and_hole(rim, hole):
     tint = np.array([1.8, 0.9, 0.3])
@@ -579,6 +596,14 @@ def test_preview_shows_starry_above_starless(pairs):
     sheet = read(pairs[0] / "preview.png")
     columns = [np.vstack([read(pairs[0] / f"{kind}{i}.png") for kind in "xy"]) for i in range(2)]
     np.testing.assert_array_equal(sheet, np.hstack(columns))
+
+
+def test_preview_of_pairs_of_two_sizes(tmp_path):
+    for count, size in (1, 32), (2, 48):
+        options = ["--imcount", count, "--size", size, "--preview-pairs", 2, "--cpus", 1, "--save-dir", tmp_path]
+        result = command(*map(str, options))
+        assert result.returncode == 0, result.stderr
+    assert read(tmp_path / "preview.png").shape == (96, 80, 3)
 
 
 def test_catalogue_lists_the_stars_inside_the_frame(pairs):

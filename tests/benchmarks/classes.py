@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import GenerateStars as gs  # noqa: E402
 import nox  # noqa: E402
-from nox import ops  # noqa: E402
 
 SHARP = {"FWHM_LARGE_CHANCE": 0}
 CLASSES = {  # name: ranges in place of GenerateStars.py's
@@ -68,8 +67,8 @@ def found(starry, truth, starless, stars):
     return table[light > 2 / 255]
 
 
-def measure(ranges, generator, values, channels):
-    """One row of the table."""
+def measure(ranges, network, values, channels):
+    """One row of the table; network: what load_generator gives."""
     ranges = dict(ranges)
     linear, _ = ranges.pop("linear", False), ranges.pop("color", True)
     settings, rows, recalls = gs.Settings(seed=values.seed, size=values.size, color=channels == 3), [], []
@@ -82,7 +81,7 @@ def measure(ranges, generator, values, channels):
             mask = (starry != truth).any(axis=2)
             if not mask.any():
                 continue
-            starless = ops.convert_to_numpy(generator(starry[None], training=False))[0]
+            starless = starry - nox.without_faint(nox.stellar_light(*network, starry, nox.Inference()))
             rows.append([star_psnr(image, truth, mask) for image in (starry, starless)])
             recalls.append(found(starry, truth, starless, stars))
     recall = pd.concat(recalls)
@@ -105,8 +104,8 @@ def main():
     for name in tqdm(values.only, unit="class", leave=False):
         channels = 3 if CLASSES[name].get("color", True) else 1
         settings = dataclasses.replace(nox.Inference(), weights=values.weights if channels == 3 else "")
-        generator, _ = nox.load_generator(nox.weights_for(settings, channels))
-        row = measure(CLASSES[name], generator, values, channels)
+        network = nox.load_generator(nox.weights_for(settings, channels))
+        row = measure(CLASSES[name], network, values, channels)
         tqdm.write(f"| {name} | {row.pop('pairs')} | " + " | ".join(f"{value:.1f}" for value in row.values()) + " |")
 
 

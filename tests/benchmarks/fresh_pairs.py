@@ -43,7 +43,7 @@ def report(pairs, values):
     rows = []
     for paths in pairs:
         starry, truth = (nox.Picture(pixels[..., :channels]) for pixels in nox.read_pair(paths, channels))
-        light = nox.stellar_light(generator, architecture, starry.image(), settings)
+        light = nox.without_faint(nox.stellar_light(generator, architecture, starry.image(), settings))
         starless = starry.with_pixels(starry.without(light))  # in 8 bits, as nox.py infer writes it
         images = (picture.image() for picture in (starry, starless))
         rows.append((paths[0].name, *(nox.psnr(image, truth.image()) for image in images)))
