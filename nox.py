@@ -2105,7 +2105,8 @@ def stretch_for(picture, settings):
 def starlight(picture, stretch, settings, title, load):
     """(rows, the light of the stars in them, an image) from the top of a picture to its bottom.
 
-    load: load_generator, or one that remembers. No light is taken where the picture is transparent.
+    load: load_generator, or one that remembers. title: of the progress bar, or None. No light is taken where the
+    picture is transparent, and of a colour picture without colour the same from each channel.
     """
     height, width, given = picture.pixels.shape
     weights = weights_for(settings, given)
@@ -2113,7 +2114,8 @@ def starlight(picture, stretch, settings, title, load):
     if (taken := architecture.n_channels) != given:
         kind = {1: "grayscale", 3: "colour"}
         raise BadInput(f"{weights}: {kind[taken]} weights, but a {kind[given]} picture; see --n-channels {taken}")
-    title += ", stretched" if stretch else ""
+    title = title and title + ", stretched" * (stretch is not None)
+    gray = given == 3 and all((part == part[..., :1]).all() for part in map(picture.pixels.__getitem__, bands(height)))
 
     def look(index):
         return picture.with_pixels(picture.pixels[index]).image(stretch)
@@ -2126,6 +2128,8 @@ def starlight(picture, stretch, settings, title, load):
         found = light_bands(generator, architecture, picture.pixels.shape, look, settings, title)
     for rows, light in found:
         image = look(rows)
+        if gray:
+            light = light.mean(axis=2, keepdims=True).repeat(3, axis=2)
         light = without_faint(light).clip(image - 1, image)  # what remains lies in 0..1
         if picture.alpha is not None:
             light[picture.alpha[rows] == 0] = 0

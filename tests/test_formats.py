@@ -795,6 +795,13 @@ def test_stars_of_integers_without_a_black_are_refused(infer, folder):
     assert names() == ["in.fits", "out.fits", "stars.fits"]
 
 
+def test_a_colour_picture_without_colour_stays_so(infer):
+    pixels = write("in.png", noise(40, 50, 1).repeat(3, axis=2))
+    infer("in.png")
+    new = read("starless.png")
+    assert not np.array_equal(new, read(pixels)) and not np.ptp(new, axis=2).any()
+
+
 def test_one_picture_never_replaces_another(infer, folder, capsys):
     first, second = write("b.png", noise(20, 30, 3)), write("b_starless.png", noise(30, 20, 3))
     before = second.read_bytes()
