@@ -2285,7 +2285,8 @@ def infer(values, settings):
     sources = list(expand(values.images))
     many = len(sources) > 1 or Path(values.images[0]).is_dir()
     load, failed = functools.cache(load_generator), 0
-    reserved = {picture_file(source)[0].resolve(): "is one of the pictures, which are never overwritten" for source in sources}  # fmt: skip
+    files = (picture_file(source)[0].resolve() for source in sources)
+    reserved = dict.fromkeys(files, "is one of the pictures, which are never overwritten")
     for source in sources:
         try:
             infer_one(source, values, settings, load, many, reserved)

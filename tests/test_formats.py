@@ -746,13 +746,14 @@ def test_checksums_of_the_pixels_before_are_left_out(infer):
 
 
 def test_missing_pixels_of_unsigned_fits_integers_stay(subtract):
-    pixels = np.full((20, 30), 30000, np.uint16)
-    pixels[3:9, 4:7] = 0  # stored as -32768
+    pixels = np.full((20, 30), 40000, np.uint16)
+    pixels[3:9, 4:7] = 32868  # stored as 100
     fits.PrimaryHDU(pixels).writeto("in.fits")
     with fits.open("in.fits", mode="update", do_not_scale_image_data=True) as file:
-        file[0].header["BLANK"] = -32768
-    picture = nox.read_picture("in.fits")
-    assert np.isnan(picture.unit()).sum() == 18
+        file[0].header["BLANK"] = 100
+    subtract(0.25, "in.fits", "--linear", "no")
+    new, missing = nox.read_picture("starless.fits").pixels[::-1, :, 0], pixels == 32868
+    assert missing.sum() == 18 and (new[missing] == 32868).all() and (new[~missing] < 30000).all()
 
 
 def test_metadata_of_imagej_are_no_obstacle(infer):

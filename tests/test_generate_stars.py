@@ -211,7 +211,7 @@ def test_rays_of_a_halo_have_no_seam():
 
 
 def test_reflection_with_a_hole_is_drawn_without_a_halo():
-    disc = {"light": 0.05, "radius": 30.0, "offset": (0.0, 0.0), "rim": 3.0, "hole": 0.4, "tint": np.ones(3)}
+    disc = {"light": 0.05, "radius": 30.0, "offset": (0.0, 0.0), "rim": 3.0, "hole": 0.5, "tint": np.ones(3)}
     optics, flux = plain_optics(fwhm=2.0, beta=5.0, reflection=disc), 1000.0
     rim = flux * gs.far_light(optics, np.array([[29.0]]), np.zeros((1, 1)))[0, 0, 1]
     image = draw([(64, 64, flux)], optics, 129, rim / 20)

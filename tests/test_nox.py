@@ -1449,6 +1449,13 @@ def test_several_machines_are_refused(data, folder):
     assert names() == []
 
 
+def test_training_on_openvino_is_refused(data, folder):
+    pytest.importorskip("openvino")
+    result = shell("train", "--data", data, *TINY, KERAS_BACKEND="openvino")
+    assert result.returncode == 1 and "KERAS_BACKEND=openvino: cannot train" in result.stderr
+    assert names() == []
+
+
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_an_epoch_on_another_backend(backend, data, folder):
     pytest.importorskip(backend)
