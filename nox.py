@@ -1513,13 +1513,34 @@ class Nox(keras.Model):
             "vgg": s.vgg_weight,
         }
         generator = sum(weights[name] * value for name, value in terms.items() if name in weights) + sum(self.losses)
-        found = qualities(x, y, ops.stop_gradient(starless), compared=np.s_[:1, :64, :64] if training else ...)
+        images, ssim = (x, y, ops.stop_gradient(starless)), ...
+        if training:  # crops are random, so a corner tells as much; whole ones were a twentieth of a step (measured)
+            height, width = (side // 2 for side in ops.shape(x)[1:3])
+            images, ssim = (image[:, :height, :width] for image in images), np.s_[:1, :64, :64]
+        found = qualities(*images, compared=ssim)
         for name, value in {"generator": generator, **terms, **found}.items():
             self.trackers[name].update_state(value)
         if self.adversarial:
             return (generator + terms["discriminator"]) / self.losses_added
         # every weight needs a gradient, if only of zero, on all backends
         return generator / self.losses_added + 0.0 * sum(ops.sum(v) for v in self.discriminator.trainable_variables)
+
+
+class NoxOfMachines(Nox):
+    """Nox for TensorFlow's MultiWorkerMirroredStrategy, which fit of Keras does not know (seen with 3.15).
+
+    It averages what is logged along an axis that numbers do not have, and to build a model that is built already asks
+    for the mean of a whole batch in a form that the strategy does not take.
+    """
+
+    def train_step(self, data):
+        return {name: ops.reshape(value, (1,)) for name, value in super().train_step(data).items()}
+
+    def test_step(self, data):
+        return {name: ops.reshape(value, (1,)) for name, value in super().test_step(data).items()}
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        pass
 
 
 def orthogonalized(matrix, rounds=5):
@@ -1891,57 +1912,126 @@ def open_run(folder, architecture, weights=""):
     return run
 
 
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What shares each batch: how many devices, how many losses are added up, whether of several machines."""
+
+    count: int = 1
+    losses: int = 1
+    machines: bool = False
+    folder: Path = Path(".")  # to write into
+
+
 @contextlib.contextmanager
 def all_devices():
-    """Within, all GPUs of this machine share each batch.
+    """Within, all GPUs of this machine, or those of all machines in TF_CONFIG, share each batch; yields the Devices.
 
-    Yields (how many devices that are, how many losses are added up): TensorFlow adds up the gradients of a loss for
-    each device, JAX has one loss for the whole batch; torch trains on one device. Where a machine has no GPU, its CPU
-    is one device unless it has been divided into several.
+    TensorFlow adds up the gradients of a loss for each device, JAX has one loss for the whole batch; torch trains on one
+    device. Where a machine has no GPU, its CPU is one device unless it has been divided into several.
     """
+    if "TF_CONFIG" in os.environ:
+        strategy = strategy_of_machines()
+        with strategy.scope():
+            count = strategy.num_replicas_in_sync
+            yield Devices(count, count, machines=True, folder=machine_folder(strategy.cluster_resolver))
+        return
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        if "TF_CONFIG" in os.environ:  # fit of Keras 3 fails under MultiWorkerMirroredStrategy
-            raise BadInput("TF_CONFIG: Keras cannot train on several machines; unset it to train on this one alone")
         devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
         if len(devices) > 1:
             with tf.distribute.MirroredStrategy([device.name for device in devices]).scope():
-                yield len(devices), len(devices)
+                yield Devices(len(devices), len(devices))
             return
     elif keras.backend.backend() == "jax" and len(devices := keras.distribution.list_devices()) > 1:
         keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
-        yield len(devices), 1
+        yield Devices(len(devices))
         return
-    yield 1, 1
+    yield Devices()
+
+
+def strategy_of_machines():
+    """MultiWorkerMirroredStrategy of the machines in TF_CONFIG, once all of them are there."""
+    if keras.backend.backend() != "tensorflow":
+        raise BadInput("TF_CONFIG: several machines need KERAS_BACKEND=tensorflow; unset it to train on this one alone")
+    import tensorflow as tf
+
+    try:
+        machine = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        total = len(machine.cluster_spec().job_tasks("worker"))
+        if machine.task_id is None:
+            raise ValueError("no task in it")
+        print(f"{machine.task_type} {machine.task_id}: waiting for all {total} workers of TF_CONFIG", flush=True)
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=machine)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"TF_CONFIG: not as TensorFlow wants it ({first_line(error)})") from None
+
+
+def machine_folder(machine):
+    """Where a machine writes, made if missing: the chief into the current folder, worker 1 into worker1 in it.
+
+    Each keeps the whole state of the run, so that all resume alike; they may share a disk.
+    """
+    has_chief = "chief" in machine.cluster_spec().jobs
+    chief = machine.task_type == "chief" or (machine.task_id == 0 and not has_chief)
+    folder = Path("." if chief else f"{machine.task_type}{machine.task_id}")
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def agree(numbers):
+    """Raises BadInput unless all machines come with the same numbers; {what a number stands for: number}."""
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    mine = tf.constant([list(numbers.values())], tf.int64)
+    gathered = tf.function(lambda: strategy.gather(strategy.run(lambda: mine), axis=0))
+    for name, values in zip(numbers, gathered().numpy().T):
+        if len(set(values)) > 1:
+            raise BadInput(f"TF_CONFIG: the machines differ in {name}")
 
 
 def train(architecture, settings):
     """Train, from the last checkpoint if there is one, and write everything into the current folder."""
     if keras.backend.backend() == "openvino":
         raise BadInput("KERAS_BACKEND=openvino: cannot train; take tensorflow, torch or jax")
-    with all_devices() as (devices, losses):
-        if settings.batch_size % devices:
-            raise BadInput(f"--batch-size {settings.batch_size}: must be a multiple of the {devices} devices")
-        train_within(architecture, settings, devices, losses)
+    with all_devices() as devices:
+        if settings.batch_size % devices.count:
+            raise BadInput(f"--batch-size {settings.batch_size}: must be a multiple of the {devices.count} devices")
+        if devices.folder != Path("."):
+            files = {name: getattr(settings, name) for name in ("data", "weights", "vgg_weights")}
+            files = {name: os.path.abspath(file) for name, file in files.items() if file and os.path.exists(file)}
+            settings = dataclasses.replace(settings, **files)
+        with contextlib.chdir(devices.folder):
+            train_within(architecture, settings, devices)
 
 
-def train_within(architecture, settings, devices, losses):
-    """Train on so many devices, which share each batch; losses: how many are added up (see all_devices)."""
+def train_within(architecture, settings, devices):
+    """Train on the Devices that all_devices yields."""
     keras.utils.set_random_seed(settings.seed)
     if settings.patch_size % architecture.multiple:
         raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
     found = find_pairs(settings.data)
     pairs, held = split_pairs(found, settings.validation, settings.seed)
-    data = Pairs(pairs, settings, architecture.n_channels, augment=True, devices=devices)
-    check = Pairs(held, settings, architecture.n_channels, augment=False, devices=devices) if held else None
+    data = Pairs(pairs, settings, architecture.n_channels, augment=True, devices=devices.count)
+    check = Pairs(held, settings, architecture.n_channels, augment=False, devices=devices.count) if held else None
     for some in filter(None, (data, check)):
         some[0]  # names a pair that cannot be used before anything starts
-    model = Nox(architecture, settings, losses)
+    model = (NoxOfMachines if devices.machines else Nox)(architecture, settings, devices.losses)
     folder = Path("checkpoint") / Path(architecture.weights_name).stem
     checkpoint = Checkpoint(folder)
     if settings.weights and not checkpoint.files():
         start_from(model.generator, architecture, settings.weights)
+    if devices.machines:
+        same = dataclasses.replace(settings, data="", weights="", vgg_weights="", workers=0, cache=0)
+        agree(
+            {
+                "their pairs": fingerprint(found),
+                "their options": zlib.crc32(repr((architecture, same)).encode()),
+                "the weights they start from": zlib.crc32(b"".join(w.tobytes() for w in model.get_weights())),
+                "their last epoch; copy the checkpoint of one to the others": max(checkpoint.files(), default=-1),
+            }
+        )
     run = open_run(folder, architecture, settings.weights)
     asked = {"lr": settings.lr, "weights": settings.weights, "pairs": fingerprint(found)}
     checkpoint.record = run | asked | {"weights": run.get("weights", settings.weights)}
@@ -1986,6 +2076,10 @@ def fit(model, data, check, **options):
     except Exception as error:
         if OUT_OF_MEMORY.search(str(error)):
             raise BadInput("out of memory; lower --batch-size or --patch-size, the last epoch is kept") from None
+        if type(error).__name__ == "UnavailableError":  # TensorFlow's
+            raise BadInput(
+                "TF_CONFIG: another machine is gone; the last epoch is kept, all can go on from it"
+            ) from None
         raise data.broken or (check and check.broken) or error from None
 
 

@@ -4,11 +4,13 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -1441,11 +1443,80 @@ def test_two_devices_learn_what_one_does(backend, data, tmp_path):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-3)
 
 
-def test_several_machines_are_refused(data, folder):
-    machines = '{"cluster": {"worker": ["localhost:1", "localhost:2"]}}'
-    result = shell("train", "--data", data, *TINY, KERAS_BACKEND="tensorflow", TF_CONFIG=machines)
-    assert result.returncode == 1
-    assert "TF_CONFIG: Keras cannot train on several machines" in result.stderr
+def machines(lines, timeout=400):
+    """Run a command on each of several machines, here processes; returns their (exit status, stderr)."""
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in lines]
+        for some in free:
+            some.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{some.getsockname()[1]}" for some in free]
+    runs = []
+    for index, line in enumerate(lines):
+        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        environment = os.environ | {"KERAS_BACKEND": "tensorflow", "TF_CONFIG": json.dumps(task)}
+        command = [sys.executable, str(ROOT / "nox.py"), *map(str, line)]
+        runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    try:
+        return [(run.returncode, text.decode()) for run in runs for _, text in [run.communicate(timeout=timeout)]]
+    finally:
+        for run in runs:
+            run.kill()
+
+
+def test_two_machines_learn_what_one_does(data, folder):
+    """Interrupted and resumed, in one folder, from paths that are relative to it."""
+    pytest.importorskip("tensorflow")
+    shutil.copytree(data, "pairs")
+    line = ["train", "--data", "pairs", *TINY, "--adversarial-from", 2, "--clip", 0]  # each device clips its own part
+    for epochs in 1, 3:
+        for status, text in machines([[*line, "--epochs", epochs]] * 2):
+            assert status == 0, text[-2000:]
+    Path("alone").mkdir()
+    os.chdir("alone")
+    result = shell(*line[:2], "../pairs", *line[3:], "--epochs", 3, KERAS_BACKEND="tensorflow")
+    assert result.returncode == 0, result.stderr
+    alone, first, second = (pd.read_csv(f) for f in ("history.csv", "../history.csv", "../worker1/history.csv"))
+    for table in first, second:
+        for name in "l1", "psnr", "val_l1", "val_psnr", "discriminator":
+            np.testing.assert_allclose(table[name], alone[name], rtol=1e-3)
+
+
+def test_machines_that_differ_are_told(data, folder):
+    pytest.importorskip("tensorflow")
+    line = ["train", "--data", data, *TINY, "--epochs", 1]
+    for status, text in machines([line, [*line, "--seed", 3]]):
+        assert (status, text.strip().splitlines()[-1]) == (
+            1,
+            "nox.py: TF_CONFIG: the machines differ in their options",
+        )
+    assert names() == ["worker1"] and names("worker1") == []
+
+
+def test_a_machine_that_is_gone_is_told(data, folder, monkeypatch):
+    errors = pytest.importorskip("tensorflow").errors
+
+    def fit(*arguments, **options):
+        raise errors.UnavailableError(None, None, "Collective ops is aborted by: /job:worker/task:1\nis unhealthy")
+
+    monkeypatch.setattr(nox.Nox, "fit", fit)
+    assert "another machine is gone; the last epoch is kept" in mistake("train", "--data", data, *TINY)
+
+
+@pytest.mark.parametrize("config", ["nonsense", "[]", "{}", '{"cluster": {"worker": ["localhost"]}}'])
+def test_a_cluster_that_tensorflow_cannot_read_is_told(config, data, folder, monkeypatch):
+    pytest.importorskip("tensorflow")
+    monkeypatch.setenv("TF_CONFIG", config)
+    assert re.fullmatch(
+        r"nox.py: TF_CONFIG: not as TensorFlow wants it \(.+\)", mistake("train", "--data", data, *TINY)
+    )
+    assert names() == []
+
+
+def test_several_machines_need_tensorflow(data, folder, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    message = mistake("train", "--data", data, *TINY)
+    assert "TF_CONFIG: several machines need KERAS_BACKEND=tensorflow" in message
     assert names() == []
 
 
