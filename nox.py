@@ -2230,6 +2230,12 @@ def starlight(picture, stretch, settings, title, load):
         yield rows, light
 
 
+def starless_image(network, image, settings):
+    """An image, not a linear one, without its stars, as infer would have it; network: what load_generator gives."""
+    found = starlight(Picture(image), None, settings, None, lambda weights: network)
+    return image - np.concatenate([light for _, light in found])
+
+
 SIGNIFICANCE = 6  # standard deviations: at 5 a few of a hundred frames of noise alone were still touched
 ISLAND_ROWS = 64  # an island that is taller is no noise
 
@@ -2486,7 +2492,7 @@ def show_pair(generator, architecture, paths, settings):
     starry, truth = (to_unit(pixels) for pixels in read_pair(paths, architecture.n_channels))
     if architecture.n_channels == 1:
         starry, truth = starry[..., :1], truth[..., :1]
-    starless = (starry - without_faint(stellar_light(generator, architecture, starry, settings))).clip(0, 1)
+    starless = starless_image((generator, architecture), starry, settings)
     for name, image in ("input.png", starry), ("output.png", starless), ("gt.png", truth):
         write_image(name, image)
     return psnr(starry, truth), psnr(starless, truth)

@@ -81,7 +81,7 @@ def measure(ranges, network, values, channels):
             mask = (starry != truth).any(axis=2)
             if not mask.any():
                 continue
-            starless = starry - nox.without_faint(nox.stellar_light(*network, starry, nox.Inference()))
+            starless = nox.starless_image(network, starry, nox.Inference())
             rows.append([star_psnr(image, truth, mask) for image in (starry, starless)])
             recalls.append(found(starry, truth, starless, stars))
     recall = pd.concat(recalls)
