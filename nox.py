@@ -1515,8 +1515,8 @@ class Nox(keras.Model):
         generator = sum(weights[name] * value for name, value in terms.items() if name in weights) + sum(self.losses)
         images, ssim = (x, y, ops.stop_gradient(starless)), ...
         if training:  # crops are random, so a corner tells as much; whole ones were a twentieth of a step (measured)
-            height, width = (side // 2 for side in ops.shape(x)[1:3])
-            images, ssim = (image[:, :height, :width] for image in images), np.s_[:1, :64, :64]
+            side = max(s.patch_size // 2, 64)
+            images, ssim = (image[:, :side, :side] for image in images), np.s_[:1, :64, :64]
         found = qualities(*images, compared=ssim)
         for name, value in {"generator": generator, **terms, **found}.items():
             self.trackers[name].update_state(value)
