@@ -2230,10 +2230,9 @@ def starlight(picture, stretch, settings, title, load):
         yield rows, light
 
 
-def starless_image(network, image, settings):
-    """An image, not a linear one, without its stars, as infer would have it; network: what load_generator gives."""
-    found = starlight(Picture(image), None, settings, None, lambda weights: network)
-    return image - np.concatenate([light for _, light in found])
+def whole_starlight(picture, settings, load):
+    """All that starlight gives for a picture that is not linear, in one image."""
+    return np.concatenate([light for _, light in starlight(picture, None, settings, None, load)])
 
 
 SIGNIFICANCE = 6  # standard deviations: at 5 a few of a hundred frames of noise alone were still touched
@@ -2492,7 +2491,7 @@ def show_pair(generator, architecture, paths, settings):
     starry, truth = (to_unit(pixels) for pixels in read_pair(paths, architecture.n_channels))
     if architecture.n_channels == 1:
         starry, truth = starry[..., :1], truth[..., :1]
-    starless = starless_image((generator, architecture), starry, settings)
+    starless = starry - whole_starlight(Picture(starry), settings, lambda weights: (generator, architecture))
     for name, image in ("input.png", starry), ("output.png", starless), ("gt.png", truth):
         write_image(name, image)
     return psnr(starry, truth), psnr(starless, truth)

@@ -81,7 +81,7 @@ def measure(ranges, network, values, channels):
             mask = (starry != truth).any(axis=2)
             if not mask.any():
                 continue
-            starless = nox.starless_image(network, starry, nox.Inference())
+            starless = starry - nox.whole_starlight(nox.Picture(starry), nox.Inference(), lambda weights: network)
             rows.append([star_psnr(image, truth, mask) for image in (starry, starless)])
             recalls.append(found(starry, truth, starless, stars))
     recall = pd.concat(recalls)

@@ -158,7 +158,7 @@ def main():
         help="of an epoch: of few, what an epoch costs once would seem to cost each step",
     )
     parser.add_argument(
-        "--rounds", type=int, default=4, help="epochs of which the fastest is told, and one before them"
+        "--rounds", type=int, default=4, help="epochs of which the fastest and the median are told, and one before them"
     )
     parser.add_argument("--data", help="a folder of pairs instead of fresh ones")
     values = parser.parse_args()
