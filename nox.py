@@ -58,14 +58,27 @@ class Architecture:
     width: int = setting(32, "channels of the first level; the original's network has 64")
     levels: int = setting(0, "times the resolution is halved; 0: 5 for nox, 8 for starnet")
     n_channels: int = setting(3, "3 trains the colour network, 1 the grayscale one", choices=(1, 3))
+    growth: int = setting(
+        1, "residual blocks that a level of nox has more than the one before, from stride 8 on, where they cost little"
+    )
 
     def __post_init__(self):
         if not self.levels:
             object.__setattr__(self, "levels", {"nox": 5, "starnet": 8}[self.network])
 
+    @classmethod
+    def recorded(cls, values):
+        """From a weights file or a run: the first ones do not say how their networks grow."""
+        return cls(**{"growth": 0} | values)
+
     @property
     def weights_name(self):
         return weights_name(self.n_channels)
+
+    @property
+    def flags(self):
+        """The command line that asks for it."""
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in dataclasses.asdict(self).items())
 
     @property
     def multiple(self):
@@ -88,6 +101,10 @@ class Training:
     l1_weight: float = setting(1.0, "weight of the absolute error, relative to that of changing nothing")
     star_weight: float = setting(
         5.0, "how much more star pixels count in it, faint ones the most; knots and galaxies a third"
+    )
+    chroma_weight: float = setting(
+        1.0,
+        "how much an error's chroma counts in it beside the error itself: of all marks coloured ones are seen first",
     )
     texture_weight: float = setting(
         0.0, "weight of the error of the grain where stars were; 0.3 keeps plugs from being smooth"
@@ -207,6 +224,7 @@ def check_arguments(parser, values):
         for name in (
             "l1_weight",
             "star_weight",
+            "chroma_weight",
             "fill_weight",
             "texture_weight",
             "adversarial_weight",
@@ -1207,8 +1225,8 @@ def augmented(rng, pairs):
 
 def build_generator(architecture):
     """The generator: images (batch, height, width, n_channels) to the same without stars, any multiple of 2^levels."""
-    build = {"nox": build_nox, "starnet": build_starnet}[architecture.network]
-    return build(architecture.width, architecture.levels, architecture.n_channels)
+    shape = architecture.width, architecture.levels, architecture.n_channels
+    return build_starnet(*shape) if architecture.network == "starnet" else build_nox(*shape, architecture.growth)
 
 
 def build_starnet(width, levels, n_channels):
@@ -1288,24 +1306,25 @@ class Gate(layers.Layer):
         return starry - soft_clip(gate) * (starry - soft_clip(fill))
 
 
-def residual_block(x):
+def residual_block(x, name):
     """x + conv(relu(conv(norm(x)))), 3x3; starts as the identity. Without the norm, whole layers of ReLUs died.
 
     Epsilon keeps flat black sky, where next to nothing is left to normalize, from blowing up the gradient.
     """
     options = {"filters": x.shape[-1], "kernel_size": 3, "padding": "same"}
-    y = layers.RMSNormalization(epsilon=0.01)(x)
-    y = layers.Conv2D(activation="relu", kernel_initializer="he_normal", **options)(y)
-    return layers.Add()([x, layers.Conv2D(kernel_initializer="zeros", **options)(y)])
+    y = layers.RMSNormalization(epsilon=0.01, name=f"{name}_norm")(x)
+    y = layers.Conv2D(activation="relu", kernel_initializer="he_normal", name=f"{name}_found", **options)(y)
+    return layers.Add()([x, layers.Conv2D(kernel_initializer="zeros", name=f"{name}_added", **options)(y)])
 
 
-def build_nox(width, levels, n_channels):
-    """StarNet's encoder-decoder with a residual block at each level, half resolution on, and a gated fill.
+def build_nox(width, levels, n_channels, growth):
+    """StarNet's encoder-decoder with residual blocks at each level, half resolution on, and a gated fill.
 
     Most stars are 2 to 4 pixels wide: what finds them must convolve at high resolution, where StarNet has but one
     layer on the way down and one on the way up. Skip connections add; channels grow by width a level up to 6 widths.
     """
     filters = [width * min(level + 1, 6) for level in range(levels)]
+    blocks = [1 + growth * max(level - 1, 0) for level in range(levels)]
     starry = keras.Input((None, None, n_channels), name="starry")
     exact = {"dtype": "float32"}  # bfloat16 would round the picture itself
     x = LocalContrast(**exact)(starry)
@@ -1313,13 +1332,16 @@ def build_nox(width, levels, n_channels):
     for level, count in enumerate(filters):
         kernel = 2 if level else 4
         x = layers.Conv2D(count, kernel, 2, padding="same", kernel_initializer="lecun_normal")(x)
-        x = residual_block(x)  # (batch, height / 2^(level+1), ..., width * (level+1))
+        for block in range(blocks[level]):
+            x = residual_block(x, f"down{level}_{block}")  # (batch, height / 2^(level+1), ..., width * (level+1))
         skips.append(x)
-    x = residual_block(skips.pop())
+    x = residual_block(skips.pop(), "bottom")
     quiet = keras.initializers.VarianceScaling(0.05)  # at first the fine levels speak, the coarse ones whisper
-    for skip in reversed(skips):
+    for level, skip in reversed(list(enumerate(skips))):
         x = layers.Conv2DTranspose(skip.shape[-1], 2, 2, kernel_initializer=quiet)(x)
-        x = residual_block(layers.Add()([x, skip]))
+        x = layers.Add()([x, skip])
+        for block in range(blocks[level]):
+            x = residual_block(x, f"up{level}_{block}")
     x = layers.LeakyReLU(negative_slope=0.2)(x)
     options = {"kernel_size": 4, "strides": 2, "padding": "same", "kernel_initializer": quiet}
     gate = layers.Conv2DTranspose(n_channels, bias_initializer=keras.initializers.Constant(0.05), **options)(x)
@@ -1375,23 +1397,29 @@ def frozen(network, x):
     return network.stateless_call(fixed, network.non_trainable_variables, x)[0]
 
 
-def relative_l1(starry, truth, starless, star_weight):
+def relative_l1(starry, truth, starless, star_weight, chroma_weight):
     """Weighted absolute error of each image over that of the starry one, mean over the batch: changing nothing gives 1.
 
     Star pixels weigh more, those of faint light the most: light is how much the stars add, 0.02 of it makes a full star
     pixel, and the quotient makes faint light weigh 3 times light of half the range. Knots and galaxies, which would be
     given up for the stars that look like them, weigh a third as much, by how far they stand out of their surroundings:
     at the full weight stars that look like galaxies stayed (measured). All other pixels weigh 1 and hold the background
-    where it is. The ratio lets crowded and nearly empty pictures count alike: by their plain errors a few crowded ones
-    threw the training off (measured). 0.005 is the error that counts as much in a picture without stars as doing
-    nothing elsewhere.
+    where it is. An error's chroma, what its channels differ by from their mean, counts chroma_weight times on top: where
+    giants stood, the brightness came out right and the colour did not. The ratio lets crowded and nearly empty pictures
+    count alike: by their plain errors a few crowded ones threw the training off (measured). 0.005 is the error that
+    counts as much in a picture without stars as doing nothing elsewhere.
     """
     near, wide = (local_mean(truth, side) for side in LocalContrast.SIDES)
     stars, knots = ops.abs(starry - truth), ops.relu(ops.abs(near - wide) - 0.02)  # noise seldom comes that far
     stars, knots = (ops.max(light, axis=-1, keepdims=True) for light in (stars, knots))
     stars, knots = (ops.clip(light / 0.02, 0, 1) * 0.3 / (0.1 + light) for light in (stars, knots))
     weight = 1 + star_weight * (stars + knots / 3)
-    error, before = (ops.mean(weight * ops.abs(image - truth), axis=(1, 2, 3)) for image in (starless, starry))
+
+    def total(error):
+        chroma = error - ops.mean(error, axis=-1, keepdims=True)
+        return ops.mean(weight * (ops.abs(error) + chroma_weight * ops.abs(chroma)), axis=(1, 2, 3))
+
+    error, before = total(starless - truth), total(starry - truth)
     return ops.mean(error / (before + 0.005))
 
 
@@ -1484,7 +1512,8 @@ class Nox(keras.Model):
         That of the fill holds everywhere, also where the gate is shut and nothing else would: a gate that opens on the
         core of a galaxy then puts there what was there, more or less, and not a hole.
         """
-        terms = {"l1": relative_l1(starry, truth, starless, self.settings.star_weight)}
+        s = self.settings
+        terms = {"l1": relative_l1(starry, truth, starless, s.star_weight, s.chroma_weight)}
         if self.settings.texture_weight:
             terms["texture"] = texture_error(starry, truth, starless)
         if fill is not None:
@@ -1640,7 +1669,7 @@ def inspect_weights(path):
             if "nox" in file.attrs:
                 values = json.loads(file.attrs["nox"])
                 run = values.pop("run", "")
-                return Architecture(**values), run
+                return Architecture.recorded(values), run
             kernels = []
             file.visititems(lambda name, item: kernels.append(item.shape) if getattr(item, "ndim", 0) == 4 else None)
             if "layer_names" in file.attrs or "model_weights" in file:  # the original's, or any other legacy Keras file
@@ -1675,17 +1704,25 @@ def load_generator(path):
 
 
 def start_from(generator, architecture, path):
-    """Set a generator's weights from a file; colour weights start a grayscale one as if it saw R = G = B."""
+    """Set a generator's weights from a file; colour weights start a grayscale one as if it saw R = G = B.
+
+    Residual blocks that the file lacks stay as they are, at first the identity: a deeper network goes on from a
+    shallower one.
+    """
     source, found = load_generator(path)
-    if (found.network, found.width, found.levels) != (architecture.network, architecture.width, architecture.levels):
-        flags = f"--network {found.network} --width {found.width} --levels {found.levels}"
-        raise BadInput(f"{path}: holds another network; start from it with {flags}")
+    alike = dataclasses.replace(architecture, n_channels=found.n_channels, growth=found.growth)
+    if found != alike or found.growth > architecture.growth:
+        raise BadInput(f"{path}: holds another network; start from it with {found.flags}")
+    known = {layer.name for layer in source.layers}
+    shared = (layer for layer in generator.layers if layer.name in known or not layer.name.startswith(("down", "up")))
+    same = [variable for layer in shared for variable in layer.weights]
     weights = source.get_weights()
     if (found.n_channels, architecture.n_channels) == (3, 1):
-        weights = fold_channels(weights, [tuple(v.shape) for v in generator.weights])
+        weights = fold_channels(weights, [tuple(v.shape) for v in same])
     elif found.n_channels != architecture.n_channels:
         raise BadInput(f"{path}: grayscale weights cannot start the colour network")
-    generator.set_weights(weights)
+    for variable, values in zip(same, weights, strict=True):
+        variable.assign(values)
 
 
 def fold_channels(weights, shapes):
@@ -1890,9 +1927,9 @@ def open_run(folder, architecture, weights=""):
             run = json.loads(record.read_text())
         except ValueError:
             raise BadInput(f"{record}: cannot be read; move {folder} away to begin anew") from None
-        if run["architecture"] != dataclasses.asdict(architecture):
-            flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in run["architecture"].items())
-            raise BadInput(f"{folder}: holds a run with {flags}; go on with these, or move the folder away")
+        found = Architecture.recorded(run["architecture"])
+        if found != architecture:
+            raise BadInput(f"{folder}: holds a run with {found.flags}; go on with these, or move the folder away")
         if weights and weights != run.get("weights", weights):
             start = run["weights"] or "random weights"
             raise BadInput(f"{folder}: holds a run begun from {start}; leave --weights out, or move the folder away")

@@ -1,6 +1,7 @@
 """Behaviour of nox.py: pictures in and out, formulas against numpy, training that survives, weights, command line."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -518,7 +519,8 @@ def test_texture_error_asks_for_grain_of_the_right_strength():
     assert error(np.where(starry != truth, 0.3 + 9 * (truth - 0.3), truth)) == pytest.approx(1, abs=0.1)  # no more
 
 
-def test_relative_l1():
+@pytest.mark.parametrize("chroma_weight", [0, 1.5])
+def test_relative_l1(chroma_weight):
     starry, truth, starless = (batch(2, 8, 8, 3, seed=seed) for seed in range(3))
     starry[:, :4] = truth[:, :4]
 
@@ -536,10 +538,12 @@ def test_relative_l1():
         stars, knot = np.abs(starry[place] - truth[place]).max(), max(knots[place].max(), 0)
         stars, knot = (min(light / 0.02, 1) * 0.3 / (0.1 + light) for light in (stars, knot))
         weight = 1 + 5 * (stars + knot / 3)
-        error[place[0]] += weight * np.abs(starless[place] - truth[place]).sum() / 192
-        before[place[0]] += weight * np.abs(starry[place] - truth[place]).sum() / 192
+        for image, totals in (starless, error), (starry, before):
+            off = image[place] - truth[place]
+            chroma = np.abs(off - off.sum() / 3).sum()
+            totals[place[0]] += weight * (np.abs(off).sum() + chroma_weight * chroma) / 192
     expected = np.mean(error / (before + 0.005))
-    assert float(nox.relative_l1(starry, truth, starless, 5.0)) == pytest.approx(expected, rel=1e-5)
+    assert float(nox.relative_l1(starry, truth, starless, 5.0, chroma_weight)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_cross_entropy():
@@ -1071,9 +1075,39 @@ def assert_close_weights(*files):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("flags, message", [(("--width", 5), "--width 4"), (("--levels", 3), "--levels 2")])
-def test_weights_of_another_network_are_told_with_the_flags_that_fit(flags, message, weights, data, folder):
-    assert message in mistake("train", "--data", data, *TINY, "--weights", weights["random", 3], *flags)
+OTHERS = {"--width": (5, 4), "--levels": (3, 2), "--growth": (0, 1)}
+
+
+@pytest.mark.parametrize("flag", OTHERS)
+def test_weights_of_another_network_are_told_with_the_flags_that_fit(flag, weights, data, folder):
+    asked, held = OTHERS[flag]
+    message = mistake("train", "--data", data, *TINY, "--weights", weights["random", 3], flag, asked)
+    assert f"{flag} {held}" in message
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_deeper_network_goes_on_from_a_shallower_one(channels, data, folder):
+    shallow = nox.Architecture(width=4, levels=4, growth=0)
+    nox.save_weights(randomized(nox.build_generator(shallow), 0.02), shallow, "shallow.h5")
+    deeper = ["--levels", 4, "--growth", 1, "--n-channels", channels]
+    run("train", "--data", data, *TINY, *deeper, "--epochs", 1, "--lr", 1e-9, "--weights", "shallow.h5")
+    began = nox.build_generator(dataclasses.replace(shallow, n_channels=channels))
+    nox.start_from(began, dataclasses.replace(shallow, n_channels=channels), "shallow.h5")
+    became, found = nox.load_generator(nox.Architecture(n_channels=channels).weights_name)
+    assert (found.growth, len(became.weights) - len(began.weights)) == (1, 5 * 4)  # of four blocks
+    x = batch(1, 32, 32, channels)
+    np.testing.assert_allclose(became(x), began(x), atol=2e-3)
+    assert np.abs(began(x) - x).max() > 0.02
+
+
+def test_weights_of_the_time_before_networks_grew_are_those_of_one_that_does_not(tmp_path):
+    architecture = nox.Architecture(width=4, levels=3, growth=0)
+    nox.save_weights(randomized(nox.build_generator(architecture)), architecture, tmp_path / "old.h5")
+    with h5py.File(tmp_path / "old.h5", "a") as file:
+        values = json.loads(file.attrs["nox"])
+        del values["growth"]
+        file.attrs["nox"] = json.dumps(values)
+    assert nox.load_generator(tmp_path / "old.h5")[1] == architecture
 
 
 def test_grayscale_weights_cannot_start_the_colour_network(weights, data, folder):
@@ -1226,7 +1260,7 @@ def test_a_finished_run_issued_again_changes_nothing(whole, data):
     assert {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("flags", [("--width", 5), ("--levels", 3), ("--network", "starnet")])
+@pytest.mark.parametrize("flags", [("--width", 5), ("--levels", 3), ("--network", "starnet"), ("--growth", 2)])
 def test_a_changed_architecture_is_told_and_nothing_changes(flags, whole, data):
     before = {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()}
     with contextlib.chdir(whole[0]):
