@@ -2367,22 +2367,19 @@ HISTORY = {
 }
 
 
-def expand(names):
-    """The pictures that names of files and folders and wildcards stand for; not those that nox wrote beside them."""
-    for name in names:
-        found = [Path(name)]
-        if found[0].is_dir():
-            found = sorted(
-                p for p in Path(name).iterdir() if name_parts(p)[1] in FORMATS and not p.name.startswith(".")
-            )
-            stems = {name_parts(p)[0] for p in found}
-            ours = {f"{stem}_{kind}" for stem in stems for kind in ("starless", *OUTPUTS)}
-            found = [p for p in found if name_parts(p)[0] not in ours]
-        elif glob.has_magic(name) and not found[0].exists() and name_parts(name)[2] is None:
-            found = sorted(map(Path, glob.glob(name)))  # Windows leaves wildcards to the program
-        if not found:
-            raise BadInput(f"{name}: no pictures there")
-        yield from found
+def expand(name):
+    """The pictures that the name of a file or folder or a wildcard stands for; not those that nox wrote beside them."""
+    found = [Path(name)]
+    if found[0].is_dir():
+        found = sorted(p for p in Path(name).iterdir() if name_parts(p)[1] in FORMATS and not p.name.startswith("."))
+        stems = {name_parts(p)[0] for p in found}
+        ours = {f"{stem}_{kind}" for stem in stems for kind in ("starless", *OUTPUTS)}
+        found = [p for p in found if name_parts(p)[0] not in ours]
+    elif glob.has_magic(name) and not found[0].exists() and name_parts(name)[2] is None:
+        found = sorted(map(Path, glob.glob(name)))  # Windows leaves wildcards to the program
+    if not found:
+        raise BadInput(f"{name}: no pictures there")
+    return found
 
 
 def destination(place, source, kind, many):
@@ -2418,21 +2415,32 @@ def check_target(target, source, replaceable):
 
 def infer(values, settings):
     """Remove the stars from every picture named; raises BadInput in the end when that failed for some of several."""
-    sources = list(expand(values.images))
-    many = len(sources) > 1 or Path(values.images[0]).is_dir()
-    load, failed = functools.cache(load_generator), 0
+    sources, failed, several = [], [], len(values.images) > 1
+    for name in values.images:
+        with telling(failed, several):
+            sources += expand(name)
+    total = len(sources) + len(failed)
+    many = several or total > 1 or Path(values.images[0]).is_dir()
+    load = functools.cache(load_generator)
     files = (picture_file(source)[0].resolve() for source in sources)
     reserved = dict.fromkeys(files, "is one of the pictures, which are never overwritten")
     for source in sources:
-        try:
+        with telling(failed, many):
             infer_one(source, values, settings, load, many, reserved)
-        except BadInput as error:
-            if not many:
-                raise
-            failed += 1
-            print(f"nox.py: {error}", file=sys.stderr)
     if failed:
-        raise BadInput(f"{failed} of {len(sources)} pictures failed")
+        raise BadInput(f"{len(failed)} of {total} pictures failed")
+
+
+@contextlib.contextmanager
+def telling(failed, several):
+    """Within, what fails is told and noted, so that others go on; where there are none, it ends the run."""
+    try:
+        yield
+    except BadInput as error:
+        if not several:
+            raise
+        failed.append(error)
+        print(f"nox.py: {error}", file=sys.stderr)
 
 
 def infer_one(source, values, settings, load, many, reserved):

@@ -699,6 +699,15 @@ def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(infer, fo
     assert re.search(r"^nox.py: b.png: not a picture", capsys.readouterr().err, re.MULTILINE)
 
 
+def test_a_folder_without_pictures_is_told_and_the_others_are_done(infer, folder, capsys):
+    (folder / "none").mkdir()
+    write("c.png", noise(20, 30, 3))
+    with pytest.raises(SystemExit, match="1 of 2 pictures failed"):
+        infer("none", "c.png", "-o", "out")
+    assert names("out") == ["c_starless.png"]
+    assert "none: no pictures there" in capsys.readouterr().err
+
+
 def test_two_pictures_of_one_name_do_not_replace_each_other(infer, folder, capsys):
     for place in "x", "y":
         (folder / place).mkdir()
