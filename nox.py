@@ -217,7 +217,9 @@ def parse_arguments(arguments=None):
 
 def check_arguments(parser, values):
     """End with one line for a number out of range."""
-    at_least = dict(patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, crops=1, save_freq=1, workers=1)
+    at_least = dict(
+        patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, growth=0, crops=1, save_freq=1, workers=1
+    )
     at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0, seed=0, clip=0, cache=0)
     at_least |= {
         name: 0
