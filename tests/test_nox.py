@@ -88,6 +88,7 @@ def test_help_lists_each_setting_with_its_default_before_keras_loads(tmp_path):
         "train --ema 1",
         "train --weight-ema -0.1",
         "train --seed -1",
+        "train --growth -1",
         "train --vgg-weight nan",
         "train --n-channels 2",
         "train --width four",
