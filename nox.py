@@ -59,17 +59,12 @@ class Architecture:
     levels: int = setting(0, "times the resolution is halved; 0: 5 for nox, 8 for starnet")
     n_channels: int = setting(3, "3 trains the colour network, 1 the grayscale one", choices=(1, 3))
     growth: int = setting(
-        1, "residual blocks that a level of nox has more than the one before, from stride 8 on, where they cost little"
+        0, "residual blocks that a level of nox has more than the one before, from stride 8 on; 1 is a quarter slower"
     )
 
     def __post_init__(self):
         if not self.levels:
             object.__setattr__(self, "levels", {"nox": 5, "starnet": 8}[self.network])
-
-    @classmethod
-    def recorded(cls, values):
-        """From a weights file or a run: the first ones do not say how their networks grow."""
-        return cls(**{"growth": 0} | values)
 
     @property
     def weights_name(self):
@@ -101,10 +96,6 @@ class Training:
     l1_weight: float = setting(1.0, "weight of the absolute error, relative to that of changing nothing")
     star_weight: float = setting(
         5.0, "how much more star pixels count in it, faint ones the most; knots and galaxies a third"
-    )
-    chroma_weight: float = setting(
-        1.0,
-        "how much an error's chroma counts in it beside the error itself: of all marks coloured ones are seen first",
     )
     texture_weight: float = setting(
         0.0, "weight of the error of the grain where stars were; 0.3 keeps plugs from being smooth"
@@ -226,7 +217,6 @@ def check_arguments(parser, values):
         for name in (
             "l1_weight",
             "star_weight",
-            "chroma_weight",
             "fill_weight",
             "texture_weight",
             "adversarial_weight",
@@ -1399,29 +1389,23 @@ def frozen(network, x):
     return network.stateless_call(fixed, network.non_trainable_variables, x)[0]
 
 
-def relative_l1(starry, truth, starless, star_weight, chroma_weight):
+def relative_l1(starry, truth, starless, star_weight):
     """Weighted absolute error of each image over that of the starry one, mean over the batch: changing nothing gives 1.
 
     Star pixels weigh more, those of faint light the most: light is how much the stars add, 0.02 of it makes a full star
     pixel, and the quotient makes faint light weigh 3 times light of half the range. Knots and galaxies, which would be
     given up for the stars that look like them, weigh a third as much, by how far they stand out of their surroundings:
     at the full weight stars that look like galaxies stayed (measured). All other pixels weigh 1 and hold the background
-    where it is. An error's chroma, what its channels differ by from their mean, counts chroma_weight times on top: where
-    giants stood, the brightness came out right and the colour did not. The ratio lets crowded and nearly empty pictures
-    count alike: by their plain errors a few crowded ones threw the training off (measured). 0.005 is the error that
-    counts as much in a picture without stars as doing nothing elsewhere.
+    where it is. The ratio lets crowded and nearly empty pictures count alike: by their plain errors a few crowded ones
+    threw the training off (measured). 0.005 is the error that counts as much in a picture without stars as doing
+    nothing elsewhere.
     """
     near, wide = (local_mean(truth, side) for side in LocalContrast.SIDES)
     stars, knots = ops.abs(starry - truth), ops.relu(ops.abs(near - wide) - 0.02)  # noise seldom comes that far
     stars, knots = (ops.max(light, axis=-1, keepdims=True) for light in (stars, knots))
     stars, knots = (ops.clip(light / 0.02, 0, 1) * 0.3 / (0.1 + light) for light in (stars, knots))
     weight = 1 + star_weight * (stars + knots / 3)
-
-    def total(error):
-        chroma = error - ops.mean(error, axis=-1, keepdims=True)
-        return ops.mean(weight * (ops.abs(error) + chroma_weight * ops.abs(chroma)), axis=(1, 2, 3))
-
-    error, before = total(starless - truth), total(starry - truth)
+    error, before = (ops.mean(weight * ops.abs(image - truth), axis=(1, 2, 3)) for image in (starless, starry))
     return ops.mean(error / (before + 0.005))
 
 
@@ -1514,8 +1498,7 @@ class Nox(keras.Model):
         That of the fill holds everywhere, also where the gate is shut and nothing else would: a gate that opens on the
         core of a galaxy then puts there what was there, more or less, and not a hole.
         """
-        s = self.settings
-        terms = {"l1": relative_l1(starry, truth, starless, s.star_weight, s.chroma_weight)}
+        terms = {"l1": relative_l1(starry, truth, starless, self.settings.star_weight)}
         if self.settings.texture_weight:
             terms["texture"] = texture_error(starry, truth, starless)
         if fill is not None:
@@ -1671,7 +1654,7 @@ def inspect_weights(path):
             if "nox" in file.attrs:
                 values = json.loads(file.attrs["nox"])
                 run = values.pop("run", "")
-                return Architecture.recorded(values), run
+                return Architecture(**values), run
             kernels = []
             file.visititems(lambda name, item: kernels.append(item.shape) if getattr(item, "ndim", 0) == 4 else None)
             if "layer_names" in file.attrs or "model_weights" in file:  # the original's, or any other legacy Keras file
@@ -1927,9 +1910,9 @@ def open_run(folder, architecture, weights=""):
     if not fresh:
         try:
             run = json.loads(record.read_text())
-        except ValueError:
+            found = Architecture(**run["architecture"])
+        except (ValueError, KeyError, TypeError):
             raise BadInput(f"{record}: cannot be read; move {folder} away to begin anew") from None
-        found = Architecture.recorded(run["architecture"])
         if found != architecture:
             raise BadInput(f"{folder}: holds a run with {found.flags}; go on with these, or move the folder away")
         if weights and weights != run.get("weights", weights):
