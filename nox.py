@@ -1418,11 +1418,15 @@ def texture_error(starry, truth, starless):
     did so since it looks like a galaxy, this term would outweigh the absolute error and the galaxies went (measured;
     when too much grain cost nothing, specks stayed).
     """
-    stars = ops.clip(ops.max(ops.abs(starry - truth), axis=-1, keepdims=True) / 0.02, 0, 1)
-    grays = (ops.mean(image, axis=-1, keepdims=True) for image in (starless, truth))
+
+    def as_channels(images):  # of a single image: averaging one channel of each took three times as long (measured)
+        return ops.transpose(images, (1, 2, 0))[None]
+
+    stars = as_channels(ops.clip(ops.max(ops.abs(starry - truth), axis=-1) / 0.02, 0, 1))
+    grays = (as_channels(ops.mean(image, axis=-1)) for image in (starless, truth))
     details = (gray - local_mean(gray, 5) for gray in grays)
     found, due = (ops.sqrt(local_mean(ops.square(detail), 5) + 1e-6) + 0.004 for detail in details)
-    error, whole = (ops.mean(stars * part, axis=(1, 2, 3)) for part in (ops.minimum(ops.abs(found - due), due), due))
+    error, whole = (ops.mean(stars * part, axis=(1, 2)) for part in (ops.minimum(ops.abs(found - due), due), due))
     return ops.mean(error / (whole + 1e-6))
 
 
