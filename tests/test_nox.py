@@ -1273,6 +1273,16 @@ def test_a_changed_architecture_is_told_and_nothing_changes(flags, whole, data):
     assert {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("record", ["no record", "{}", '{"architecture": {"depth": 3}}'])
+def test_a_record_of_a_run_that_cannot_be_read_is_told(record, data, folder):
+    checkpoint = folder / "checkpoint" / "generator_color"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.json").write_text(record)
+    assert "run.json: cannot be read" in mistake("train", "--data", data, *TINY)
+    assert names(folder) == ["checkpoint"]
+    assert (checkpoint / "run.json").read_text() == record
+
+
 def test_other_weights_to_start_from_are_refused_once_a_run_has_begun(whole, weights, data):
     before = {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()}
     with contextlib.chdir(whole[0]):
