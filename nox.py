@@ -1699,9 +1699,10 @@ def start_from(generator, architecture, path):
     shallower one.
     """
     source, found = load_generator(path)
-    alike = dataclasses.replace(architecture, n_channels=found.n_channels, growth=found.growth)
-    if found != alike or found.growth > architecture.growth:
-        raise BadInput(f"{path}: holds another network; start from it with {found.flags}")
+    growth = max(found.growth, architecture.growth)
+    fitting = dataclasses.replace(found, n_channels=architecture.n_channels, growth=growth)
+    if fitting != architecture:
+        raise BadInput(f"{path}: holds another network; start from it with {fitting.flags}")
     known = {layer.name for layer in source.layers}
     shared = (layer for layer in generator.layers if layer.name in known or not layer.name.startswith(("down", "up")))
     same = [variable for layer in shared for variable in layer.weights]

@@ -1073,14 +1073,12 @@ def assert_close_weights(*files):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-OTHERS = {"--width": (5, 4), "--levels": (3, 2)}
-
-
-@pytest.mark.parametrize("flag", OTHERS)
-def test_weights_of_another_network_are_told_with_the_flags_that_fit(flag, weights, data, folder):
-    asked, held = OTHERS[flag]
-    message = mistake("train", "--data", data, *TINY, "--weights", weights["random", 3], flag, asked)
-    assert f"{flag} {held}" in message
+@pytest.mark.parametrize("flags, message", [(("--width", 5), "--width 4"), (("--levels", 3), "--levels 2")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weights_of_another_network_are_told_with_the_flags_that_fit(flags, message, channels, weights, data, folder):
+    asked = [*TINY, *flags, "--n-channels", channels]
+    told = mistake("train", "--data", data, *asked, "--weights", weights["random", 3])
+    assert message in told and f"--n-channels {channels}" in told
 
 
 @pytest.mark.parametrize("channels", [1, 3])
