@@ -66,7 +66,8 @@ def randomized(generator, scale=0.1):
 
 def gate_layer(generator):
     """The layer of a nox generator that computes the gate."""
-    return generator.layers[-1].input[1]._keras_history.operation
+    (gate,) = (layer for layer in generator.layers if isinstance(layer, nox.Gate))
+    return gate.input[1]._keras_history.operation
 
 
 def without_effect(generator):

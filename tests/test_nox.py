@@ -583,6 +583,52 @@ def test_a_shut_gate_leaves_the_very_bits():
     np.testing.assert_array_equal(starless, starry)
 
 
+def plug(n_channels, height=128, width=120):
+    """(flat sky with a star of 0.9, what a network left: a spot of a strange brightness and colour)."""
+    starry = np.full((1, height, width, n_channels), 0.2, np.float32)
+    starless, spot = starry.copy(), np.s_[:, 40:72, 40:72]
+    starry[spot], starless[spot] = 0.9, np.linspace(0.2, 0.5, n_channels + 1)[1:]
+    return starry, starless
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_the_spot_of_a_large_star_takes_on_its_surroundings(n_channels):
+    starry, starless = plug(n_channels)
+    mended = keras.ops.convert_to_numpy(nox.PullPush(6)([starry, starless]))
+    before, after = (np.abs(image - 0.2)[:, 48:64, 48:64] for image in (starless, mended))
+    assert after.max() < 0.3 * before.max()
+
+
+def test_colour_takes_on_its_surroundings_more_than_brightness():
+    starry, starless = plug(3)
+    starry[starry > 0.5] = 0.5 + 0.07  # light of about both scales
+    mended = keras.ops.convert_to_numpy(nox.PullPush(6)([starry, starless]))
+    spot, kept = np.s_[0, 56, 56], []
+    for image in starless, mended:
+        kept.append((image[spot].mean() - 0.2, image[spot].max() - image[spot].min()))
+    (gray, colour), (gray_mended, colour_mended) = kept
+    assert colour_mended / colour < 0.9 * gray_mended / gray
+
+
+def test_pixels_of_which_no_light_was_taken_keep_their_bits():
+    starry, starless = plug(3, 77, 91)  # sides that cannot be halved often
+    noise = np.random.default_rng(0).random(starry.shape, np.float32)
+    starry, starless = starry * noise, starless * noise
+    same = (starry == starless).all(axis=-1)
+    mended = keras.ops.convert_to_numpy(nox.PullPush(6)([starry, starless]))
+    np.testing.assert_array_equal(mended[same], starry[same])
+    assert (mended[~same] != starless[~same]).any()
+
+
+def test_grain_of_the_spot_of_a_star_stays():
+    starry, starless = plug(3)
+    grain = np.random.default_rng(0).normal(0, 0.02, (1, 128, 120, 1)).astype(np.float32)
+    mended = keras.ops.convert_to_numpy(nox.PullPush(6)([starry, starless + grain]))
+    flat = keras.ops.convert_to_numpy(nox.PullPush(6)([starry, starless]))
+    spot = np.s_[:, 44:68, 44:68]
+    assert 0.9 < (mended - flat)[spot].std() / grain[spot].std() < 1.1
+
+
 def test_a_fill_behind_a_shut_gate_is_pulled_back_when_it_runs_away():
     model = nox.Nox(ARCHITECTURE, nox.Training())
     x, y = batch(1, 16, 16, 3), batch(1, 16, 16, 3, seed=1)
