@@ -1305,7 +1305,7 @@ class PullPush(layers.Layer):
     push goes back from coarse to fine and gives each square what its own trust lacks. Trust is 1 / (1 + (light /
     scale)^2): the error is a share of the light, its variance one of the square. Where none was taken, a pixel keeps
     its bits. Colour, what the channels differ by from their mean, is trusted less than brightness. Without all this
-    bright stars left spots of a strange colour, and pairs came out 0.3 dB worse.
+    bright stars left spots of a strange colour, and pairs came out 0.1 to 0.3 dB worse.
     """
 
     SCALES = 0.11, 0.055  # light that halves the trust, in brightness and in colour: fitted to pairs
@@ -1318,15 +1318,15 @@ class PullPush(layers.Layer):
 
     def call(self, inputs):
         starry, starless = inputs
-        gray, before = (ops.mean(image, axis=-1, keepdims=True) for image in (starless, starry))
-        light = ops.stop_gradient(before - gray)
-        parts = (gray, starless - gray)[: starless.shape[-1]]  # a grayscale image has no colour
+        squares = reduced(starless, self.finest)
+        gray, light = ops.mean(squares, axis=-1, keepdims=True), light_between(reduced(starry, self.finest), squares)
+        parts = (gray, squares - gray)[: squares.shape[-1]]  # a grayscale image has no colour
+        change = 0
         for part, scale in zip(parts, self.SCALES):
             trust = 1 / (1 + ops.square(light / scale))
-            found = self.interpolated(*pulled(part, trust, self.finest), self.levels - 1)
-            change = enlarged(found - reduced(part, self.finest), self.finest, part)
-            starless = starless + (1 - trust) * change
-        return starless
+            change = change + self.interpolated(part, trust, self.levels - 1) - part
+        doubt = ops.square(light_between(starry, starless) / self.SCALES[1])
+        return starless + doubt / (1 + doubt) * enlarged(change, self.finest)
 
     def compute_output_shape(self, shapes):  # JAX cannot tell it while sides are unknown
         return shapes[1]
@@ -1335,7 +1335,14 @@ class PullPush(layers.Layer):
         """x, as far as it is trusted; for the rest the interpolated coarser levels, so many."""
         if not levels:
             return x
-        return trust * x + (1 - trust) * enlarged(self.interpolated(*pulled(x, trust, 2), levels - 1), 2, x)
+        total = reduced(trust, 2)
+        coarse = self.interpolated(reduced(x * trust, 2) / (total + 1e-6), total, levels - 1)
+        return trust * x + (1 - trust) * enlarged(coarse, 2)[:, : ops.shape(x)[1], : ops.shape(x)[2]]
+
+
+def light_between(starry, starless):
+    """Mean of the channels of what was taken, shape (batch, height, width, 1), for a trust that is no aim of training."""
+    return ops.stop_gradient(ops.mean(starry - starless, axis=-1, keepdims=True))
 
 
 def reduced(x, side):
@@ -1343,17 +1350,14 @@ def reduced(x, side):
     return ops.average_pool(x, side, strides=side, padding="same")
 
 
-def pulled(x, trust, side):
-    """(x weighted by trust, trust) of squares of side x side pixels."""
-    total = reduced(trust, side)
-    return reduced(x * trust, side) / (total + 1e-6), total
-
-
-def enlarged(x, side, like):
-    """x with squares of side x side pixels for each, smoothed, cut to the height and width of another."""
-    height, width = ops.shape(like)[1:3]
-    squares = ops.repeat(ops.repeat(x, side, axis=1), side, axis=2)  # Keras's resize must know the shape beforehand
-    return local_mean(squares, side + 1)[:, :height, :width]
+def enlarged(x, side):
+    """x at side times the resolution, bilinear: by a transposed convolution, since Keras's resize must know the shape."""
+    tent = 1 - np.abs(np.arange(2 * side) - side + 0.5) / side
+    kernel = np.einsum("i,j,kl->ijkl", tent, tent, np.eye(x.shape[-1])).astype(np.float32)
+    for axis in (1, 2):
+        first, last = ((slice(None),) * axis + (end,) for end in (slice(0, 1), slice(-1, None)))
+        x = ops.concatenate([x[first], x, x[last]], axis=axis)
+    return ops.conv_transpose(x, kernel, strides=side, padding="same")[:, side:-side, side:-side]
 
 
 def residual_block(x, name):
