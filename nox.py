@@ -56,15 +56,12 @@ class Architecture:
         "nox", "nox: residual blocks at every level; starnet: the original's", choices=("nox", "starnet")
     )
     width: int = setting(32, "channels of the first level; the original's network has 64")
-    levels: int = setting(0, "times the resolution is halved; 0: 5 for nox, 8 for starnet")
+    levels: int = setting(0, "times the resolution is halved; 0: 6 for nox, 8 for starnet")
     n_channels: int = setting(3, "3 trains the colour network, 1 the grayscale one", choices=(1, 3))
-    growth: int = setting(
-        0, "residual blocks that a level of nox has more than the one before, from stride 8 on; 1 is a quarter slower"
-    )
 
     def __post_init__(self):
         if not self.levels:
-            object.__setattr__(self, "levels", {"nox": 5, "starnet": 8}[self.network])
+            object.__setattr__(self, "levels", {"nox": 6, "starnet": 8}[self.network])
 
     @property
     def weights_name(self):
@@ -138,7 +135,9 @@ class Inference:
         choices=("auto", "yes", "no"),
     )
     linked: bool = setting(False, "stretch the channels of linear pictures alike, which keeps colours but not balance")
-    shadows: float = setting(-0.75, "black point of the stretch, in standard deviations from the median")
+    shadows: float = setting(
+        -2.8, "black point of the stretch, in standard deviations of the sky from the median: little noise is clipped"
+    )
     target: float = setting(0.1875, "mean of the stretched picture")
     upsample: bool = setting(False, "show the network the picture at twice its size: for stars below 2 pixels")
     strength: float = setting(1.0, "share of the stars' light that is taken, 0..1")
@@ -208,9 +207,7 @@ def parse_arguments(arguments=None):
 
 def check_arguments(parser, values):
     """End with one line for a number out of range."""
-    at_least = dict(
-        patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, growth=0, crops=1, save_freq=1, workers=1
-    )
+    at_least = dict(patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, crops=1, save_freq=1, workers=1)
     at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0, seed=0, clip=0, cache=0)
     at_least |= {
         name: 0
@@ -341,11 +338,11 @@ class Picture:
         return (values - self.black) / (self.white - self.black)
 
     def image(self, stretch=None):
-        """The picture as an image: missing pixels are 0, others clipped to 0..1, then stretched."""
+        """The picture as an image: missing pixels are 0; clipped to 0..1, or stretched."""
         image = np.empty(self.pixels.shape, np.float32)
         for rows in bands(len(image)):
-            x = np.nan_to_num(self.unit(rows), posinf=0, neginf=0).clip(0, 1)
-            image[rows] = stretch.forward(x) if stretch else x
+            x = np.nan_to_num(self.unit(rows), posinf=0, neginf=0)
+            image[rows] = stretch.forward(x) if stretch else x.clip(0, 1)
         return image
 
     def rounded(self, values):
@@ -359,14 +356,16 @@ class Picture:
         """Some rows of pixels less the light taken from them (an image); where that is 0, the very same bits.
 
         stretch: the one under which the light was seen, or None. Pixels that it clipped stay as they are, missing and
-        negative ones too. What is taken away leaves nothing below black, what is filled in nothing above white.
+        without a stretch negative ones too. What is taken away leaves nothing below black, or below the shadows where
+        these are negative, what is filled in nothing above white.
         """
         pixels, x, taken = self.pixels[rows], self.unit(rows), light.astype(np.float64)
-        touched = (taken != 0) & np.isfinite(x) & (x >= 0)
+        touched = (taken != 0) & np.isfinite(x) & (stretch.keeps(x) if stretch else x >= 0)
+        darkest = self.black
         if stretch:
-            touched &= stretch.keeps(x)
             taken = x - stretch.inverse(stretch.forward(x) - taken)
-        low, high = sorted((self.black, self.white))
+            darkest = darkest + np.minimum(stretch.shadows, 0) * (self.white - self.black)
+        low, high = np.minimum(darkest, self.white), np.maximum(darkest, self.white)
         less = pixels - np.where(touched, taken, 0) * (self.white - self.black)
         less = less.clip(np.minimum(pixels, low), np.maximum(pixels, high))
         return np.where(touched, self.rounded(np.where(touched, less, low)), pixels)
@@ -426,21 +425,29 @@ class Stretch:
 
 
 def sample(picture, count=2**17):
-    """Some pixels of a picture's image, spread over it, shape (n, channels); without the black border of registration."""
+    """Some pixels of a picture in units of white, spread over it, shape (n, channels): none missing, nor of the black
+    border of registration; zeros if there are no others."""
     pixels = picture.pixels.reshape(-1, 1, picture.pixels.shape[2])
-    values = picture.with_pixels(pixels[:: -(-len(pixels) // count)]).image()[:, 0].astype(np.float64)
-    inside = values.any(axis=1)
-    return values[inside] if inside.any() else values
+    values = picture.with_pixels(pixels[:: -(-len(pixels) // count)]).unit()[:, 0]
+    inside = np.isfinite(values).all(axis=1) & values.any(axis=1)
+    return values[inside].clip(max=1) if inside.any() else np.zeros((1, values.shape[1]))
 
 
 def fit_stretch(picture, shadows, target, linked):
     """The stretch of a linear picture whose display values have the mean target in each channel.
 
-    shadows: black point in standard deviations from the median. linked: one stretch for all channels together.
+    shadows: black point in standard deviations of the sky from the median, negative only where pixels are: the sky
+    that is left when its level was subtracted. That of the whole histogram would be one of the stars, and clip half of
+    such a sky. linked: one stretch for all channels together.
     """
+    from astropy.stats import mad_std
+
     values = sample(picture)
     values = values.reshape(-1, 1) if linked else values
-    black = np.maximum(0, np.median(values, axis=0) + shadows * values.std(axis=0))
+    deviation = mad_std(values, axis=0)  # 0 where most pixels are of one value
+    deviation = np.where(deviation > 0, deviation, values.std(axis=0))
+    lowest = np.quantile(values, 0.001, axis=0).clip(max=0)  # not the minimum: one odd pixel says nothing
+    black = np.maximum(lowest, np.median(values, axis=0) + shadows * deviation)
     black = np.where(black < values.max(axis=0), black, 0)  # of a constant picture nothing would be left
     low, high = np.full_like(black, -20), np.full_like(black, -1e-6)  # log2 of the midtones; the mean falls with them
     for _ in range(40):
@@ -1218,7 +1225,7 @@ def augmented(rng, pairs):
 def build_generator(architecture):
     """The generator: images (batch, height, width, n_channels) to the same without stars, any multiple of 2^levels."""
     shape = architecture.width, architecture.levels, architecture.n_channels
-    return build_starnet(*shape) if architecture.network == "starnet" else build_nox(*shape, architecture.growth)
+    return build_starnet(*shape) if architecture.network == "starnet" else build_nox(*shape)
 
 
 def build_starnet(width, levels, n_channels):
@@ -1369,31 +1376,29 @@ def residual_block(x, name):
     return layers.Add()([x, layers.Conv2D(kernel_initializer="zeros", name=f"{name}_added", **options)(y)])
 
 
-def build_nox(width, levels, n_channels, growth):
+def build_nox(width, levels, n_channels):
     """StarNet's encoder-decoder with residual blocks at each level, half resolution on, and a gated fill.
 
     Most stars are 2 to 4 pixels wide: what finds them must convolve at high resolution, where StarNet has but one
     layer on the way down and one on the way up. Skip connections add; channels grow by width a level up to 6 widths.
     """
     filters = [width * min(level + 1, 6) for level in range(levels)]
-    blocks = [1 + growth * max(level - 1, 0) for level in range(levels)]
     starry = keras.Input((None, None, n_channels), name="starry")
     exact = {"dtype": "float32"}  # bfloat16 would round the picture itself
     x = LocalContrast(**exact)(starry)
     skips = []
     for level, count in enumerate(filters):
         kernel = 2 if level else 4
-        x = layers.Conv2D(count, kernel, 2, padding="same", kernel_initializer="lecun_normal")(x)
-        for block in range(blocks[level]):
-            x = residual_block(x, f"down{level}_{block}")  # (batch, height / 2^(level+1), ..., width * (level+1))
+        name = f"down{level}"  # (batch, height / 2^(level+1), ..., width * (level+1))
+        x = layers.Conv2D(count, kernel, 2, padding="same", kernel_initializer="lecun_normal", name=f"{name}_halved")(x)
+        x = residual_block(x, name)
         skips.append(x)
-    x = residual_block(skips.pop(), "bottom")
+    x = residual_block(skips.pop(), f"up{levels - 1}")
     quiet = keras.initializers.VarianceScaling(0.05)  # at first the fine levels speak, the coarse ones whisper
     for level, skip in reversed(list(enumerate(skips))):
-        x = layers.Conv2DTranspose(skip.shape[-1], 2, 2, kernel_initializer=quiet)(x)
-        x = layers.Add()([x, skip])
-        for block in range(blocks[level]):
-            x = residual_block(x, f"up{level}_{block}")
+        name = f"up{level}"
+        x = layers.Conv2DTranspose(skip.shape[-1], 2, 2, kernel_initializer=quiet, name=f"{name}_doubled")(x)
+        x = residual_block(layers.Add()([x, skip]), name)
     x = layers.LeakyReLU(negative_slope=0.2)(x)
     options = {"kernel_size": 4, "strides": 2, "padding": "same", "kernel_initializer": quiet}
     gate = layers.Conv2DTranspose(n_channels, bias_initializer=keras.initializers.Constant(0.05), **options)(x)
@@ -1757,12 +1762,11 @@ def load_generator(path):
 def start_from(generator, architecture, path):
     """Set a generator's weights from a file; colour weights start a grayscale one as if it saw R = G = B.
 
-    Residual blocks that the file lacks stay as they are, at first the identity: a deeper network goes on from a
-    shallower one.
+    A nox of more levels goes on from one of fewer: what the coarser levels find counts for nothing at first.
     """
     source, found = load_generator(path)
-    growth = max(found.growth, architecture.growth)
-    fitting = dataclasses.replace(found, n_channels=architecture.n_channels, growth=growth)
+    levels = max(found.levels, architecture.levels) if found.network == "nox" else found.levels
+    fitting = dataclasses.replace(found, n_channels=architecture.n_channels, levels=levels)
     if fitting != architecture:
         raise BadInput(f"{path}: holds another network; start from it with {fitting.flags}")
     known = {layer.name for layer in source.layers}
@@ -1775,6 +1779,9 @@ def start_from(generator, architecture, path):
         raise BadInput(f"{path}: grayscale weights cannot start the colour network")
     for variable, values in zip(same, weights, strict=True):
         variable.assign(values)
+    if levels > found.levels:
+        kernel = generator.get_layer(f"up{found.levels - 1}_doubled").kernel
+        kernel.assign(ops.zeros_like(kernel))
 
 
 def fold_channels(weights, shapes):

@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import scipy.stats
 import tifffile
 from astropy.io import fits
 from conftest import keras, load_once, mistake, names, noise, nox, read, run, write
@@ -493,23 +494,47 @@ def test_the_stretch_has_the_shadows_and_the_mean_asked_for(linked):
     image = linear_frame()
     stretch = nox.fit_stretch(nox.Picture(image), -0.5, 0.3, linked)
     values = image.reshape(-1, 1) if linked else image.reshape(-1, 3)
-    median, deviation = np.median(values, axis=0), np.std(values.astype(float), axis=0)
-    np.testing.assert_allclose(stretch.shadows, np.maximum(0, median - 0.5 * deviation), rtol=1e-6)
+    median = np.median(values, axis=0)
+    deviation = scipy.stats.median_abs_deviation(values, scale="normal")
+    np.testing.assert_allclose(stretch.shadows, median - 0.5 * deviation, rtol=1e-6)
     shown = stretch.forward(image.astype(float))
     means = shown.mean() if linked else shown.mean(axis=(0, 1))
     np.testing.assert_allclose(means, 0.3, atol=1e-5)
     assert len(np.unique(stretch.midtones)) == (1 if linked else 3)
 
 
+@pytest.mark.parametrize("level", [0, 0.001])
+def test_the_black_point_is_negative_only_where_the_sky_is(level):
+    frame = 0.001 * np.abs(noise(60, 80, 3, "float32") - 0.5) - np.float32(level)
+    frame[5, 5] = -0.2  # one odd pixel is no sky
+    stretch = nox.fit_stretch(nox.Picture(frame), -2.8, 0.1875, False)
+    assert np.all(stretch.shadows < 0) if level else np.all(stretch.shadows == 0)
+
+
+def test_a_sky_without_its_level_loses_light_below_zero_too(subtract):
+    frame = linear_frame() - np.float32([0.012, 0.022, 0.032])
+    tifffile.imwrite("in.tif", frame, photometric="rgb")
+    subtract(0.02, "in.tif")
+    new = tifffile.imread("starless.tif")
+    shadows = nox.fit_stretch(nox.Picture(frame), -2.8, 0.1875, False).shadows
+    kept, negative = frame > shadows, frame < 0
+    assert same_bits(new[~kept], frame[~kept])
+    assert (
+        np.all(new[kept] < frame[kept])
+        and new[kept].min() >= np.float32(shadows.min())
+        and (kept & negative).mean() > 0.3
+    )
+
+
 def test_the_black_border_of_registered_pictures_has_no_say_in_the_stretch():
     frame = linear_frame()
     bordered = np.pad(frame, ((40, 40), (40, 40), (0, 0)))
-    plain, other = (nox.fit_stretch(nox.Picture(image), -0.75, 0.1875, False) for image in (frame, bordered))
+    plain, other = (nox.fit_stretch(nox.Picture(image), -2.8, 0.1875, False) for image in (frame, bordered))
     np.testing.assert_allclose(other.midtones, plain.midtones, rtol=1e-6)
 
 
 def test_the_stretch_and_its_inverse_are_exact():
-    stretch = nox.fit_stretch(nox.Picture(linear_frame()), -0.75, 0.1875, False)
+    stretch = nox.fit_stretch(nox.Picture(linear_frame()), -2.8, 0.1875, False)
     x = np.linspace(0, 1, 50_000)[:, None] * np.ones(3)
     kept = stretch.keeps(x)
     assert 0.95 < kept.mean() < 1

@@ -88,7 +88,6 @@ def test_help_lists_each_setting_with_its_default_before_keras_loads(tmp_path):
         "train --ema 1",
         "train --weight-ema -0.1",
         "train --seed -1",
-        "train --growth -1",
         "train --vgg-weight nan",
         "train --n-channels 2",
         "train --width four",
@@ -1119,7 +1118,7 @@ def assert_close_weights(*files):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-@pytest.mark.parametrize("flags, message", [(("--width", 5), "--width 4"), (("--levels", 3), "--levels 2")])
+@pytest.mark.parametrize("flags, message", [(("--width", 5), "--width 4"), (("--levels", 1), "--levels 2")])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_weights_of_another_network_are_told_with_the_flags_that_fit(flags, message, channels, weights, data, folder):
     asked = [*TINY, *flags, "--n-channels", channels]
@@ -1128,35 +1127,26 @@ def test_weights_of_another_network_are_told_with_the_flags_that_fit(flags, mess
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_deeper_network_goes_on_from_a_shallower_one(channels, data, folder):
-    shallow = nox.Architecture(width=4, levels=4, growth=0)
+def test_a_network_of_more_levels_goes_on_from_one_of_fewer(channels, data, folder):
+    shallow = nox.Architecture(width=4, levels=3)
     nox.save_weights(randomized(nox.build_generator(shallow), 0.02), shallow, "shallow.h5")
-    deeper = ["--levels", 4, "--growth", 1, "--n-channels", channels]
+    deeper = ["--levels", 5, "--n-channels", channels]
     run("train", "--data", data, *TINY, *deeper, "--epochs", 1, "--lr", 1e-9, "--weights", "shallow.h5")
     began = nox.build_generator(dataclasses.replace(shallow, n_channels=channels))
     nox.start_from(began, dataclasses.replace(shallow, n_channels=channels), "shallow.h5")
     became, found = nox.load_generator(nox.Architecture(n_channels=channels).weights_name)
-    assert (found.growth, len(became.weights) - len(began.weights)) == (1, 5 * 4)  # of four blocks
+    assert found.levels == 5
     x = batch(1, 32, 32, channels)
-    np.testing.assert_allclose(became(x), began(x), atol=2e-3)
-    assert np.abs(began(x) - x).max() > 0.02
+    gates = [keras.Model(net.input, gate_layer(net).output)(x) for net in (became, began)]
+    np.testing.assert_allclose(*gates, atol=2e-3)  # what comes after it knows the number of levels
+    assert np.std(gates[1]) > 0.02
 
 
-def test_a_shallower_network_cannot_go_on_from_a_deeper_one(data, folder):
-    deep = nox.Architecture(width=4, levels=3, growth=2)
+def test_a_network_of_fewer_levels_cannot_go_on_from_one_of_more(data, folder):
+    deep = nox.Architecture(width=4, levels=4)
     nox.save_weights(nox.build_generator(deep), deep, "deep.h5")
-    message = mistake("train", "--data", data, *TINY, "--levels", 3, "--growth", 1, "--weights", "deep.h5")
-    assert "--growth 2" in message
-
-
-def test_weights_of_the_time_before_networks_grew_are_those_of_one_that_does_not(tmp_path):
-    architecture = nox.Architecture(width=4, levels=3, growth=0)
-    nox.save_weights(randomized(nox.build_generator(architecture)), architecture, tmp_path / "old.h5")
-    with h5py.File(tmp_path / "old.h5", "a") as file:
-        values = json.loads(file.attrs["nox"])
-        del values["growth"]
-        file.attrs["nox"] = json.dumps(values)
-    assert nox.load_generator(tmp_path / "old.h5")[1] == architecture
+    message = mistake("train", "--data", data, *TINY, "--levels", 3, "--weights", "deep.h5")
+    assert "--levels 4" in message
 
 
 def test_grayscale_weights_cannot_start_the_colour_network(weights, data, folder):
@@ -1309,7 +1299,7 @@ def test_a_finished_run_issued_again_changes_nothing(whole, data):
     assert {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("flags", [("--width", 5), ("--levels", 3), ("--network", "starnet"), ("--growth", 2)])
+@pytest.mark.parametrize("flags", [("--width", 5), ("--levels", 3), ("--network", "starnet")])
 def test_a_changed_architecture_is_told_and_nothing_changes(flags, whole, data):
     before = {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()}
     with contextlib.chdir(whole[0]):
