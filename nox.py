@@ -2326,9 +2326,9 @@ def starlight(picture, stretch, settings, title, load):
         yield rows, light
 
 
-def whole_starlight(picture, settings, load):
-    """All that starlight gives for a picture that is not linear, in one image."""
-    return np.concatenate([light for _, light in starlight(picture, None, settings, None, load)])
+def whole_starlight(picture, settings, load, stretch=None):
+    """All that starlight gives for a picture, in one image."""
+    return np.concatenate([light for _, light in starlight(picture, stretch, settings, None, load)])
 
 
 SIGNIFICANCE = 6  # standard deviations: at 5 a few of a hundred frames of noise alone were still touched

@@ -4,7 +4,8 @@
 
 A class is GenerateStars.py with some of its ranges narrowed, on painted skies. Magnitudes count from a star whose middle
 is just saturated: above 0 is fainter. A star is found when less than half of its light is left in the 3 x 3 pixels
-around it; those whose light there is below 2/255 are not counted.
+around it; those whose light there is below 2/255 are not counted. Linear data, with the level of their sky or with it
+subtracted, go the whole way of nox.py infer, and are compared under the stretch from which they were made.
 """
 
 import argparse
@@ -37,20 +38,26 @@ CLASSES = {  # name: ranges in place of GenerateStars.py's
     "without spikes": {"SPIKE_CHANCE": 0},
     "with spikes": {"SPIKE_CHANCE": 1},
     "linear": {"linear": True},
+    "linear, sky subtracted": {"linear": True, "subtracted": True},
     "stretched": {},
 }
 MAGNITUDES = {"saturated": -np.inf, "0-2": 0, "2-4": 2, "4-6": 4, "above 6": 6}  # from which on
 
 
-def as_linear(starry, starless, rng):
-    """Both images as nox.py infer shows the network linear data of 16 bits: stretched by its own measure."""
+def as_linear(starry, rng, subtracted):
+    """(an image as linear data of 16 bits, as a picture; a function that shows such pixels stretched again)."""
     midtones = gs.Range(0.003, 0.05, True)(rng)
-    linear = [np.rint(65535 * nox.midtones_transfer(image, 1 - midtones)) / 65535 for image in (starry, starless)]
-    settings = nox.Inference()
-    stretch = nox.fit_stretch(
-        nox.Picture(linear[0].astype(np.float32)), settings.shadows, settings.target, settings.linked
-    )
-    return [stretch.forward(image).astype(np.float32) for image in linear]
+    linear = np.rint(65535 * nox.midtones_transfer(starry, 1 - midtones)) / 65535
+    level = np.median(linear, axis=(0, 1)) if subtracted else 0
+    picture = nox.Picture((linear - level).astype(np.float32))
+    return picture, lambda pixels: nox.midtones_transfer((pixels + level).clip(0, 1), midtones).astype(np.float32)
+
+
+def without_stars(picture, linear, network):
+    """The pixels of a picture less its stars, the whole way of nox.py infer."""
+    settings = nox.Inference(linear="yes" if linear else "no")
+    stretch = nox.stretch_for(picture, settings)
+    return picture.without(nox.whole_starlight(picture, settings, lambda weights: network, stretch), stretch)
 
 
 def star_psnr(image, truth, mask):
@@ -70,18 +77,19 @@ def found(starry, truth, starless, stars):
 def measure(ranges, network, values, channels):
     """One row of the table; network: what load_generator gives."""
     ranges = dict(ranges)
-    linear, _ = ranges.pop("linear", False), ranges.pop("color", True)
+    linear, subtracted, _ = (ranges.pop(name, False) for name in ("linear", "subtracted", "color"))
     settings, rows, recalls = gs.Settings(seed=values.seed, size=values.size, color=channels == 3), [], []
     with mock.patch.dict(vars(gs), ranges):
         for index in range(values.pairs):
             starry, truth, stars = gs.make_pair(index, settings)
             starry, truth = (np.rint(image * 255).astype(np.float32) / 255 for image in (starry, truth))
-            if linear:
-                starry, truth = as_linear(starry, truth, np.random.default_rng(index))
             mask = (starry != truth).any(axis=2)
             if not mask.any():
                 continue
-            starless = starry - nox.whole_starlight(nox.Picture(starry), nox.Inference(), lambda weights: network)
+            picture, shown = nox.Picture(starry), np.asarray
+            if linear:
+                picture, shown = as_linear(starry, np.random.default_rng(index), subtracted)
+            starless = shown(without_stars(picture, linear, network))
             rows.append([star_psnr(image, truth, mask) for image in (starry, starless)])
             recalls.append(found(starry, truth, starless, stars))
     recall = pd.concat(recalls)
