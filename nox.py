@@ -425,8 +425,10 @@ class Stretch:
 
 
 def sample(picture, count=2**17):
-    """Some pixels of a picture in units of white, spread over it, shape (n, channels): none missing, nor of the black
-    border of registration; zeros if there are no others."""
+    """Some pixels of a picture in units of white, spread over it, shape (n, channels).
+
+    Without missing ones and the black border of registered pictures; zeros if there are no others.
+    """
     pixels = picture.pixels.reshape(-1, 1, picture.pixels.shape[2])
     values = picture.with_pixels(pixels[:: -(-len(pixels) // count)]).unit()[:, 0]
     inside = np.isfinite(values).all(axis=1) & values.any(axis=1)
@@ -2326,9 +2328,9 @@ def starlight(picture, stretch, settings, title, load):
         yield rows, light
 
 
-def whole_starlight(picture, settings, load, stretch=None):
-    """All that starlight gives for a picture, in one image."""
-    return np.concatenate([light for _, light in starlight(picture, stretch, settings, None, load)])
+def whole_starlight(picture, settings, load):
+    """All that starlight gives for a picture that is not linear, in one image."""
+    return np.concatenate([light for _, light in starlight(picture, None, settings, None, load)])
 
 
 SIGNIFICANCE = 4  # standard deviations: then all frames of tests/benchmarks/noise.py come back as they were

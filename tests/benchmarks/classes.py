@@ -53,13 +53,6 @@ def as_linear(starry, rng, subtracted):
     return picture, lambda pixels: nox.midtones_transfer((pixels + level).clip(0, 1), midtones).astype(np.float32)
 
 
-def without_stars(picture, linear, network):
-    """The pixels of a picture less its stars, the whole way of nox.py infer."""
-    settings = nox.Inference(linear="yes" if linear else "no")
-    stretch = nox.stretch_for(picture, settings)
-    return picture.without(nox.whole_starlight(picture, settings, lambda weights: network, stretch), stretch)
-
-
 def star_psnr(image, truth, mask):
     return -10 * np.log10(max(float(np.square(image - truth)[mask].mean()), 1e-10))
 
@@ -78,10 +71,11 @@ def measure(ranges, network, values, channels):
     """One row of the table; network: what load_generator gives."""
     ranges = dict(ranges)
     linear, subtracted, _ = (ranges.pop(name, False) for name in ("linear", "subtracted", "color"))
-    settings, rows, recalls = gs.Settings(seed=values.seed, size=values.size, color=channels == 3), [], []
+    making, rows, recalls = gs.Settings(seed=values.seed, size=values.size, color=channels == 3), [], []
+    settings = nox.Inference(linear="yes" if linear else "no")
     with mock.patch.dict(vars(gs), ranges):
         for index in range(values.pairs):
-            starry, truth, stars = gs.make_pair(index, settings)
+            starry, truth, stars = gs.make_pair(index, making)
             starry, truth = (np.rint(image * 255).astype(np.float32) / 255 for image in (starry, truth))
             mask = (starry != truth).any(axis=2)
             if not mask.any():
@@ -89,7 +83,8 @@ def measure(ranges, network, values, channels):
             picture, shown = nox.Picture(starry), np.asarray
             if linear:
                 picture, shown = as_linear(starry, np.random.default_rng(index), subtracted)
-            starless = shown(without_stars(picture, linear, network))
+            whole_way = nox.layers_of(picture, ("starless",), None, None, settings, None, lambda weights: network)
+            starless = shown(whole_way["starless"].pixels)
             rows.append([star_psnr(image, truth, mask) for image in (starry, starless)])
             recalls.append(found(starry, truth, starless, stars))
     recall = pd.concat(recalls)

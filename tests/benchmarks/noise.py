@@ -51,11 +51,8 @@ def main():
     rows = []
     for index in range(values.frames):
         picture, noise = frame(index, values.seed, values.size, 1 if values.gray else 3)
-        stretch = nox.stretch_for(picture, settings)
-        found = nox.starlight(picture, stretch, settings, None, load)
-        light = np.concatenate([part.copy() for _, part in nox.significant(found, picture, stretch)])
-        changed = (picture.without(light, stretch) != picture.pixels).any(axis=2)
-        rows.append((index, noise, int(changed.sum())))
+        starless = nox.layers_of(picture, ("starless",), None, None, settings, None, load)["starless"]
+        rows.append((index, noise, int((starless.pixels != picture.pixels).any(axis=2).sum())))
     table = pd.DataFrame(rows, columns=["frame", "noise over sky", "pixels changed"]).set_index("frame")
     touched = table[table["pixels changed"] > 0]
     print(f"{len(table) - len(touched)} of {len(table)} frames come back bit for bit")
