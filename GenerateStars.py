@@ -110,7 +110,7 @@ POPULATIONS = {
     "dwarfs": Population(0.30, Range(200, 8000, True), Range(0.012, 0.06, True), Range(1, 3), Range(0.8, 1.4), Range(1800, 3600, True)),
     "cluster": Population(0.20, Range(200, 6000, True), Range(0.02, 0.4, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), spread=Range(0.03, 0.25, True)),
     "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
-    "beacons": Population(0.50, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(2, 30, True)),
+    "beacons": Population(0.40, Range(3, 20, True), Range(0.9, 0.95), Range(0, 1), Range(1, 2), Range(2800, 25000, True), disc=Range(2, 30, True)),
 }  # fmt: skip
 STARLESS_CHANCE = 0.08  # no star at all: nothing may be taken, not even galaxies that look like stars
 SPARSE_CHANCE, SPARSE = 0.25, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
@@ -144,8 +144,8 @@ SPIKE_DECAY = Range(1.2, 2.2)  # exponent of the fall along the arm
 SPIKE_LENGTH = Range(8, 150, True)  # in FWHM, on which the arm ends exponentially
 SPIKE_RAINBOW_CHANCE, SPIKE_SPLIT_CHANCE = 0.4, 0.2
 SPIKE_PERIOD = Range(8, 40, True)  # pixels between the colour fringes of a spike
-HALO_COUNT = {0: 0.26, 1: 0.24, 2: 0.28, 3: 0.22}  # several sum up to a glow that falls off slowly, without an edge
-HALO_LIGHT = Range(0.02, 1.0, True)  # of each, over that of the star; a diffusion filter scatters half of all light
+HALO_COUNT = {0: 0.42, 1: 0.22, 2: 0.2, 3: 0.16}  # several sum up to a glow that falls off slowly, without an edge
+HALO_LIGHT = Range(0.02, 0.6, True)  # of each, over that of the star; a diffusion filter scatters half of it
 HALO_SCALE = Range(1.5, 30, True)  # exponential scale, or the FWHM of an aureole, in FWHM
 AUREOLE_CHANCE, AUREOLE_BETA = 0.5, Range(1.1, 2.0)  # halo that falls as r^-2beta; King 1971 found r^-2
 RAYS_CHANCE, RAYS, RAY_COUNT = 0.25, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
@@ -193,7 +193,7 @@ SKY_LEVEL = Range(0.01, 0.25, True)  # display level of the darkest sky
 NEBULA_PEAK = Range(0.05, 4.0, True)  # height of the brightest nebula over the sky, before the shoulder 1 - exp(-x)
 EMPTY_SKY_CHANCE = 0.25  # no nebula at all: a gradient and noise
 GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.30, 0.28, 0.17
-SPIRAL_CHANCE = 0.65  # of large galaxies; the others are ellipticals
+SPIRAL_CHANCE = 0.5  # of large galaxies; the others are ellipticals
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
 KNOTS, KNOT_LIGHT = Range(3, 80, True), Range(0.05, 1.5, True)  # in a picture that has any; before the shoulder
 GALAXY_SCALE = Range(0.02, 0.5, True)  # of a large one's disk over the frame
