@@ -63,6 +63,11 @@ class Architecture:
         if not self.levels:
             object.__setattr__(self, "levels", {"nox": 6, "starnet": 8}[self.network])
 
+    @classmethod
+    def recorded(cls, values):
+        """That of a weights file or a run; earlier ones also record a growth, which is gone, as 0 unless it was used."""
+        return cls(**{name: value for name, value in values.items() if (name, value) != ("growth", 0)})
+
     @property
     def weights_name(self):
         return weights_name(self.n_channels)
@@ -1727,7 +1732,7 @@ def inspect_weights(path):
             if "nox" in file.attrs:
                 values = json.loads(file.attrs["nox"])
                 run = values.pop("run", "")
-                return Architecture(**values), run
+                return Architecture.recorded(values), run
             kernels = []
             file.visititems(lambda name, item: kernels.append(item.shape) if getattr(item, "ndim", 0) == 4 else None)
             if "layer_names" in file.attrs or "model_weights" in file:  # the original's, or any other legacy Keras file
@@ -1986,7 +1991,7 @@ def open_run(folder, architecture, weights=""):
     if not fresh:
         try:
             run = json.loads(record.read_text())
-            found = Architecture(**run["architecture"])
+            found = Architecture.recorded(run["architecture"])
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"{record}: cannot be read; move {folder} away to begin anew") from None
         if found != architecture:

@@ -1149,6 +1149,18 @@ def test_a_network_of_fewer_levels_cannot_go_on_from_one_of_more(data, folder):
     assert "--levels 4" in message
 
 
+@pytest.mark.parametrize("growth, known", [(0, True), (1, False)])
+def test_weights_that_record_a_growth_are_read_if_there_was_none(growth, known, tmp_path):
+    nox.save_weights(nox.build_generator(ARCHITECTURE), ARCHITECTURE, tmp_path / "old.h5")
+    with h5py.File(tmp_path / "old.h5", "a") as file:
+        file.attrs["nox"] = json.dumps(json.loads(file.attrs["nox"]) | {"growth": growth})
+    if known:
+        assert nox.load_generator(tmp_path / "old.h5")[1] == ARCHITECTURE
+    else:
+        with pytest.raises(nox.BadInput, match="not a weights file of nox"):
+            nox.load_generator(tmp_path / "old.h5")
+
+
 def test_grayscale_weights_cannot_start_the_colour_network(weights, data, folder):
     message = mistake("train", "--data", data, *TINY, "--weights", weights["random", 1])
     assert "cannot start the colour network" in message
