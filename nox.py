@@ -2239,6 +2239,52 @@ def answers(generator, tiles, size):
             yield from zip(batch, starless)
 
 
+GRAIN = 5  # pixels: what differs from the mean over a square of this side is grain
+FLAT, BRIGHT = 3 / 255, 0.1  # grain of the starry image, and light taken from it, that halve or double the doubt
+FREE = 0.02  # light taken where grain may still be cloned from
+DISTANCES = 12, 24, 40, 64, 96, 140  # pixels to where it is cloned from, the nearest first, along eight directions
+DIRECTIONS = np.stack([np.sin(np.arange(8) * np.pi / 4), np.cos(np.arange(8) * np.pi / 4)], axis=1)
+OFFSETS = np.rint(np.multiply.outer(DISTANCES, DIRECTIONS)).astype(int).reshape(-1, 2)
+
+
+def smoothed(image, side=GRAIN):
+    """Means over side x side pixels."""
+    return cv2.blur(image, (side, side)).reshape(image.shape)
+
+
+def with_grain(starry, starless):
+    """The starless image with grain cloned from its surroundings where a bright star has none: on saturated discs.
+
+    There the network sees the same everywhere, and made of it the same everywhere in its grid, which showed. Cloned is
+    only from where no star was, and no knot stands out.
+    """
+    gray, fill = (image @ np.full(image.shape[2], 1 / image.shape[2], np.float32) for image in (starry, starless))
+    light, variance = smoothed(np.abs(gray - fill)), smoothed(np.square(gray - smoothed(gray)))
+    rows, columns = np.nonzero(light > FREE)
+    doubt = 1 / (1 + (BRIGHT / light[rows, columns]) ** 2) / (1 + variance[rows, columns] / FLAT**2)
+    rows, columns, doubt = (values[doubt > 0.05] for values in (rows, columns, doubt))
+    if not rows.size:
+        return starless
+    strength = np.abs(fill - smoothed(fill))
+    source = (light < FREE) & (strength <= 4 * smoothed(strength, 31))
+    grain = starless - smoothed(starless)
+    mended = starless.copy()
+    mended[rows, columns] += doubt[:, None] * (cloned(grain, source, rows, columns) - grain[rows, columns])
+    return mended
+
+
+def cloned(values, source, rows, columns):
+    """For pixels of an image the values at the nearest ones, by OFFSETS, that are a source; else their own."""
+    found, missing = values[rows, columns], np.arange(rows.size)
+    for down, right in OFFSETS:
+        y, x = rows[missing] + down, columns[missing] + right
+        good = (y >= 0) & (y < source.shape[0]) & (x >= 0) & (x < source.shape[1])
+        good[good] = source[y[good], x[good]]
+        found[missing[good]] = values[y[good], x[good]]
+        missing = missing[~good]
+    return found
+
+
 FAINT = 1 / 255, 3 / 255  # light in an image: up to the first none of it is taken, from the second on all
 
 
@@ -2270,7 +2316,8 @@ def light_bands(generator, architecture, shape, look, settings, title=None):
     with tqdm(total=count, desc=title, unit="tile", disable=title is None) as bar:
         for top, weight in zip(tops, down):
             for left, share, (starry, starless) in zip(lefts, across, found):
-                light[:, left : left + wide] += (weight[:, None] * share)[..., None] * (starry - starless)
+                taken = starry - with_grain(starry, starless)
+                light[:, left : left + wide] += (weight[:, None] * share)[..., None] * taken
                 bar.update()
             first = top - before  # the picture's row that the topmost of these is
             done = first + tops.step if top != tops[-1] else shape[0]

@@ -464,6 +464,51 @@ def test_a_tiles_edge_counts_less_than_its_middle():
     assert weights[1, 0] < 0.1 < 0.9 < weights[1, 20]
 
 
+def burnt_out(channels=3, side=200):
+    """(starry, starless, disc): a saturated disc on grain, and what a network makes of it that draws its grid there."""
+    rng, (y, x) = np.random.default_rng(5), np.indices((side, side))
+    sky = 0.2 + cv2.GaussianBlur(rng.normal(0, 0.04, (side, side, channels)).astype(np.float32), (0, 0), 0.7)
+    sky = sky.reshape(side, side, channels)
+    disc = np.hypot(x - side / 2, y - side / 2) < 35
+    grid = 0.2 + np.float32(0.02) * (x % 2 == y % 2)
+    return *(np.where(disc[..., None], fill, sky) for fill in (np.float32(1), grid[..., None])), disc
+
+
+def inside(disc, pixels=6):
+    return cv2.erode(disc.astype(np.uint8), np.ones((2 * pixels + 1, 2 * pixels + 1))) > 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_saturated_disc_gets_the_grain_of_its_surroundings_for_the_networks_grid(channels):
+    starry, starless, disc = burnt_out(channels)
+    mended, (y, x) = nox.with_grain(starry, starless), np.indices(disc.shape)
+    within, far = inside(disc), cv2.dilate(disc.astype(np.uint8), np.ones((9, 9))) == 0
+    grid = 2.0 * (x % 2 == y % 2) - 1
+    assert mended.shape == starless.shape and mended.dtype == np.float32
+    assert mended[within].std() == pytest.approx(starless[~disc].std(), rel=0.25)
+    assert abs(np.mean(grid * (mended[..., 0] - 0.2), where=within)) < 0.1 * 0.01  # of the amplitude it had
+    assert np.array_equal(mended[far], starless[far])
+
+
+def test_a_star_with_grain_of_its_own_keeps_what_the_network_found():
+    starry, starless, disc = burnt_out()
+    starry[disc] -= noise(*starry.shape, "float32")[disc]
+    assert np.array_equal(nox.with_grain(starry, starless), starless)
+
+
+def test_grain_is_not_cloned_from_knots():
+    starry, starless, disc = burnt_out()
+    for image in starry, starless:
+        image[100, 20:60:4] = image[20:60:4, 100] = 0.9
+    mended = nox.with_grain(starry, starless)
+    assert mended[inside(disc)].max() < 0.5
+
+
+def test_without_surroundings_to_clone_from_the_networks_own_grain_stays():
+    starless = noise(30, 40, 3, "float32") / 5
+    assert np.array_equal(nox.with_grain(np.ones_like(starless), starless), starless)
+
+
 def test_bfloat16_rounds_the_network_but_not_the_picture(folder, weights):
     source = write("in.png", noise(37, 45, 3, "uint16"))
     try:
@@ -1673,3 +1718,17 @@ def test_a_linear_frame_without_stars_comes_back_as_it_was(noise, channels, fold
     write("in.png", pixels)
     run("infer", "in.png", "--linear", "yes")
     assert np.array_equal(read("starless.png"), pixels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_where_a_burnt_out_star_was_is_grain_as_around_it_and_no_grid(channels, folder):
+    y, x = np.mgrid[:300, :300] - 150
+    grain = cv2.GaussianBlur(np.random.default_rng(3).normal(0, 0.04, (300, 300, channels)), (0, 0), 0.7)
+    star = 40 / (1 + (x**2 + y**2) / 10**2) ** 3
+    pixels = np.rint((0.15 + grain.reshape(300, 300, channels) + star[..., None]).clip(0, 1) * 65535).astype("uint16")
+    write("in.png", pixels)
+    run("infer", "in.png")
+    starless = read("starless.png").reshape(300, 300, channels) / 65535
+    within, grain = np.hypot(x, y) < 10, starless - cv2.blur(starless, (5, 5)).reshape(starless.shape)
+    assert pixels[within].min() == 65535 and starless[within].max() < 0.5
+    assert grain[within].std() / grain[np.hypot(x, y) > 80].std() == pytest.approx(1, abs=0.3)
