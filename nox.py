@@ -2262,7 +2262,7 @@ def with_grain(starry, starless):
     light, variance = smoothed(np.abs(gray - fill)), smoothed(np.square(gray - smoothed(gray)))
     rows, columns = np.nonzero(light > FREE)
     doubt = 1 / (1 + (BRIGHT / light[rows, columns]) ** 2) / (1 + variance[rows, columns] / FLAT**2)
-    rows, columns, doubt = (values[doubt > 0.05] for values in (rows, columns, doubt))
+    rows, columns, doubt = (values[doubt > 0.2] for values in (rows, columns, doubt))
     if not rows.size:
         return starless
     strength = np.abs(fill - smoothed(fill))
@@ -2275,13 +2275,18 @@ def with_grain(starry, starless):
 
 def cloned(values, source, rows, columns):
     """For pixels of an image the values at the nearest ones, by OFFSETS, that are a source; else their own."""
-    found, missing = values[rows, columns], np.arange(rows.size)
+    margin, width = DISTANCES[-1], source.shape[1]
+    wide = width + 2 * margin
+    source, values = (
+        np.pad(source, margin).ravel(),
+        values.reshape(-1, values.shape[2]),
+    )  # nothing beyond the edge is one
+    here, there = rows * width + columns, (rows + margin) * wide + columns + margin
+    found, missing = values[here], np.arange(rows.size)
     for down, right in OFFSETS:
-        y, x = rows[missing] + down, columns[missing] + right
-        good = (y >= 0) & (y < source.shape[0]) & (x >= 0) & (x < source.shape[1])
-        good[good] = source[y[good], x[good]]
-        found[missing[good]] = values[y[good], x[good]]
-        missing = missing[~good]
+        good = source[there[missing] + down * wide + right]
+        hits, missing = missing[good], missing[~good]
+        found[hits] = values[here[hits] + down * width + right]
     return found
 
 
