@@ -2240,7 +2240,7 @@ def answers(generator, tiles, size):
 
 
 GRAIN = 5  # pixels: what differs from the mean over a square of this side is grain
-FLAT, BRIGHT = 5 / 255, 0.1  # grain of the starry image, and light taken from it, that halve or double the doubt
+FLAT, BRIGHT = 5 / 255, 0.1  # grain of the starry image, and light taken from it, either of which makes the doubt a half
 FREE = 0.02  # light taken where grain may still be cloned from
 DISTANCES = 12, 24, 40, 64, 96, 140  # pixels to where it is cloned from, the nearest first, along eight directions
 DIRECTIONS = np.stack([np.sin(np.arange(8) * np.pi / 4), np.cos(np.arange(8) * np.pi / 4)], axis=1)
@@ -2274,13 +2274,10 @@ def with_grain(starry, starless):
 
 
 def cloned(values, source, rows, columns):
-    """For pixels of an image the values at the nearest ones, by OFFSETS, that are a source; else their own."""
+    """For pixels of an image the values at the first of OFFSETS that is a source, in the image; else their own."""
     margin, width = DISTANCES[-1], source.shape[1]
     wide = width + 2 * margin
-    source, values = (
-        np.pad(source, margin).ravel(),
-        values.reshape(-1, values.shape[2]),
-    )  # nothing beyond the edge is one
+    source, values = np.pad(source, margin).ravel(), values.reshape(-1, values.shape[2])
     here, there = rows * width + columns, (rows + margin) * wide + columns + margin
     found, missing = values[here], np.arange(rows.size)
     for down, right in OFFSETS:
