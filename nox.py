@@ -2240,7 +2240,7 @@ def answers(generator, tiles, size):
 
 
 GRAIN = 5  # pixels: what differs from the mean over a square of this side is grain
-FLAT, BRIGHT = 5 / 255, 0.1  # grain of the starry image, and light taken from it, either of which makes the doubt a half
+FLAT, BRIGHT = 5 / 255, 0.1  # grain of the starry image, light taken from it: of each, what makes the doubt a half
 FREE = 0.02  # light taken where grain may still be cloned from
 DISTANCES = 12, 24, 40, 64, 96, 140  # pixels to where it is cloned from, the nearest first, along eight directions
 DIRECTIONS = np.stack([np.sin(np.arange(8) * np.pi / 4), np.cos(np.arange(8) * np.pi / 4)], axis=1)
