@@ -1483,6 +1483,9 @@ def relative_l1(starry, truth, starless, star_weight):
     return ops.mean(error / (before + 0.005))
 
 
+GRAIN = 5  # pixels: what differs from the mean over a square of this side is grain
+
+
 def texture_error(starry, truth, starless):
     """Error of the grain where stars were over the grain that is due, mean over the batch; of a glassy plug about 1.
 
@@ -1498,8 +1501,8 @@ def texture_error(starry, truth, starless):
 
     stars = as_channels(ops.clip(ops.max(ops.abs(starry - truth), axis=-1) / 0.02, 0, 1))
     grays = (as_channels(ops.mean(image, axis=-1)) for image in (starless, truth))
-    details = (gray - local_mean(gray, 5) for gray in grays)
-    found, due = (ops.sqrt(local_mean(ops.square(detail), 5) + 1e-6) + 0.004 for detail in details)
+    details = (gray - local_mean(gray, GRAIN) for gray in grays)
+    found, due = (ops.sqrt(local_mean(ops.square(detail), GRAIN) + 1e-6) + 0.004 for detail in details)
     error, whole = (ops.mean(stars * part, axis=(1, 2)) for part in (ops.minimum(ops.abs(found - due), due), due))
     return ops.mean(error / (whole + 1e-6))
 
@@ -2239,9 +2242,9 @@ def answers(generator, tiles, size):
             yield from zip(batch, starless)
 
 
-GRAIN = 5  # pixels: what differs from the mean over a square of this side is grain
 FLAT, BRIGHT = 5 / 255, 0.1  # grain of the starry image, light taken from it: of each, what makes the doubt a half
 FREE = 0.02  # light taken where grain may still be cloned from
+LEAST = 0.2  # doubt below which cloning is not worth its time: it is most of the pixels of a crowded picture
 DISTANCES = 12, 24, 40, 64, 96, 140  # pixels to where it is cloned from, the nearest first, along eight directions
 DIRECTIONS = np.stack([np.sin(np.arange(8) * np.pi / 4), np.cos(np.arange(8) * np.pi / 4)], axis=1)
 OFFSETS = np.rint(np.multiply.outer(DISTANCES, DIRECTIONS)).astype(int).reshape(-1, 2)
@@ -2259,14 +2262,14 @@ def with_grain(starry, starless):
     only from where no star was, and no knot stands out.
     """
     gray, fill = (image @ np.full(image.shape[2], 1 / image.shape[2], np.float32) for image in (starry, starless))
-    light, variance = smoothed(np.abs(gray - fill)), smoothed(np.square(gray - smoothed(gray)))
+    light, variance = np.abs(gray - fill), smoothed(np.square(gray - smoothed(gray)))
     rows, columns = np.nonzero(light > FREE)
     doubt = 1 / (1 + (BRIGHT / light[rows, columns]) ** 2) / (1 + variance[rows, columns] / FLAT**2)
-    rows, columns, doubt = (values[doubt > 0.2] for values in (rows, columns, doubt))
+    rows, columns, doubt = (values[doubt > LEAST] for values in (rows, columns, doubt))
     if not rows.size:
         return starless
     strength = np.abs(fill - smoothed(fill))
-    source = (light < FREE) & (strength <= 4 * smoothed(strength, 31))
+    source = (smoothed(light) < FREE) & (strength <= 4 * smoothed(strength, 31))
     grain = starless - smoothed(starless)
     mended = starless.copy()
     mended[rows, columns] += doubt[:, None] * (cloned(grain, source, rows, columns) - grain[rows, columns])
@@ -2418,7 +2421,7 @@ def drop_islands(light, picture, stretch, rows):
     starry, starless = (np.nan_to_num(x, posinf=0, neginf=0) for x in both)
     touched = (starry != starless).any(axis=2)
     removed, starless = (x.astype(np.float32) for x in (starry - starless, starless))
-    removed, smooth = (cv2.blur(x, (3, 3)).reshape(light.shape) for x in (removed, starless))
+    removed, smooth = (smoothed(x, 3) for x in (removed, starless))
     grain = smooth - cv2.GaussianBlur(starless, (0, 0), 3).reshape(light.shape)
     for columns in bands(light.shape[1]):
         deviation = mad_std(grain[:, columns], axis=(0, 1))  # of medians: stars that are left do not count
