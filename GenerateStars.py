@@ -195,6 +195,8 @@ EMPTY_SKY_CHANCE = 0.25  # no nebula at all: a gradient and noise
 GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.30, 0.28, 0.17
 SPIRAL_CHANCE = 0.5  # of large galaxies; the others are ellipticals
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
+PLANETARY_CHANCE, PLANETARY_RADIUS, PLANETARY_LIGHT = 0.12, Range(0.015, 0.4, True), Range(0.15, 6.0, True)
+PLANETARY_LEAST = 4  # FWHM of its least radius: what is smaller cannot be told from a burnt-out star
 KNOTS, KNOT_LIGHT = Range(3, 80, True), Range(0.05, 1.5, True)  # in a picture that has any; before the shoulder
 GALAXY_SCALE = Range(0.02, 0.5, True)  # of a large one's disk over the frame
 GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shoulder: some are burnt out
@@ -203,8 +205,11 @@ GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smalle
 GALAXY_CUSP = 0.4  # Sersic index at most this x (1 + half-light radius in FWHM): small cusps look like stars with halos
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
+WIDE_CORE = 8  # scale of its middle in FWHM from which one without arms may be round: a star's edge is steeper
+BULGE, BULGE_SCALE = Range(0.5, 5.0, True), Range(0.08, 0.35, True)  # of a spiral: light over the disk's, scale too
+RING_CHANCE, RING_RADIUS, RING_WIDTH = 0.3, Range(0.4, 1.6), Range(0.08, 0.3)  # of star formation, in disk scales
 BURNT_SIZE, BURNT_HEIGHT = 6, 0.8  # those of fewer FWHM (half-light radius, scale of a disk) do not burn out either
-BURNT_ELLIPTICAL = 1.6  # nor, of any size, those without arms: a giant star in its glow is white in the middle
+BURNT_ELLIPTICAL = 1.6  # nor those without arms, unless wide: a giant star in its glow is white in the middle
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
 PALETTE = {  # red, green, blue of an emission or a reflection, display colours
@@ -217,6 +222,8 @@ PALETTE = {  # red, green, blue of an emission or a reflection, display colours
     "magenta": (0.95, 0.30, 0.75),
     "green": (0.30, 0.80, 0.30),
 }
+
+EMISSIONS = ("hydrogen", "oxygen", "sulphur", "reflection", "magenta", "green")  # of planetary nebulae
 
 PHOTOGRAPHS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 HALF_LEVEL = 0.5 / 255  # half a grey level of an 8-bit picture: light below it is no star
@@ -425,19 +432,21 @@ def large_galaxy(rng, size, fwhm):
     """A spiral or an elliptical galaxy as large as the frame or a part of it, added light of shape (size, size, 3)."""
     scale, angle = size * GALAXY_SCALE(rng), np.float32(rng.uniform(0, np.pi))
     arms = chance(rng, SPIRAL_CHANCE)
-    q = rng.uniform(0.2, 1.0 if arms else ROUNDEST)
+    power = rng.uniform(0.4, 1)  # of one without arms: a smooth profile, cusped as Sersic's are, flatter once stretched
+    core = max(scale * rng.uniform(0.05, 0.4), GALAXY_CORE * fwhm / power)
+    wide = core * power > WIDE_CORE * fwhm
+    q = rng.uniform(0.2, 1.0 if arms or wide else ROUNDEST)
     y, x = np.indices((size, size), dtype=np.float32)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
     u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
     radius = np.hypot(u, v) + 0.5
     if arms:
         light = spiral(rng, radius, np.arctan2(v, u), scale, fwhm)
-    else:  # one smooth profile, cusped as Sersic's are; a stretched picture shows it flatter than it is
-        power = rng.uniform(0.4, 1)
-        core = max(scale * rng.uniform(0.05, 0.4), GALAXY_CORE * fwhm / power)
+        most = BURNT_HEIGHT if scale < BURNT_SIZE * fwhm else np.inf
+    else:
         profile = np.exp(-((radius / core) ** np.float32(power)))
         light = tinted(cv2.GaussianBlur(profile, (0, 0), fwhm / 2.355), OLD_STARS)
-    most = BURNT_ELLIPTICAL if not arms else BURNT_HEIGHT if scale < BURNT_SIZE * fwhm else np.inf
+        most = np.inf if wide else BURNT_ELLIPTICAL
     return np.float32(min(GALAXY_LIGHT(rng), most)) * light.astype(np.float32)
 
 
@@ -445,18 +454,24 @@ OLD_STARS, YOUNG_STARS = np.float32([1.0, 0.85, 0.65]), np.float32([0.6, 0.75, 1
 
 
 def spiral(rng, radius, azimuth, scale, fwhm):
-    """Light of a spiral galaxy with bulge, disk, arms, dust and HII knots; radius and azimuth in its plane."""
-    size = len(radius)
+    """Light of a spiral galaxy with bulge, disk, arms, dust and HII knots, from smooth early types with a large bulge to
+    late ones that are all arms; radius and azimuth in its plane.
+    """
+    size, contrast = len(radius), np.float32(rng.uniform(0.1, 1))
     winding = int(rng.integers(1, 4)) * (azimuth - np.log(radius) / math.tan(rng.uniform(0.25, 0.7)))
     grain = turbulence(rng, size, 2.2)
     arms = (0.5 + 0.5 * np.cos(winding + 5 * grain)) ** rng.uniform(0.7, 2.5) * (0.3 + grain.clip(0))
-    arms = 0.3 + (arms - 0.3) * smoothstep(radius, 0.2 * scale, 1.2 * scale)  # not into the bulge
+    arms = 0.3 + contrast * (arms - 0.3) * smoothstep(radius, 0.2 * scale, 1.2 * scale)  # not into the bulge
+    if chance(rng, RING_CHANCE):
+        arms += rng.uniform(0.5, 2) * np.exp(-(((radius / scale - RING_RADIUS(rng)) / RING_WIDTH(rng)) ** 2))
     disk = np.exp(-radius / scale)
     knots = np.where((turbulence(rng, size, 1.0) > 0.95) & (arms > 0.4), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
-    bulge = np.exp(-radius / max(0.15 * scale, GALAXY_CORE / 2 * fwhm))
+    light = BULGE(rng)
+    bulge = light * np.exp(-radius / max(BULGE_SCALE(rng) * scale, GALAXY_CORE / 2 * max(1, light) ** 0.5 * fwhm))
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
-    light = tinted(bulge + 0.5 * disk, OLD_STARS) + tinted(disk * (0.2 + arms) * dust, YOUNG_STARS)
+    young = OLD_STARS + contrast * (YOUNG_STARS - OLD_STARS)
+    light = tinted(bulge + 0.5 * disk, OLD_STARS) + tinted(disk * (0.2 + arms) * dust, young)
     light += tinted(rng.uniform(0, 3) * knots, PALETTE["magenta"])
     return light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm)
 
@@ -521,6 +536,37 @@ def globular(rng, size, fwhm):
     return tinted(rng.uniform(0.1, 0.8) / (1 + radius**2), [1.0, 0.9, 0.75])
 
 
+def planetary(rng, size, fwhm):
+    """A planetary nebula without its star: nested shells of gas, each of its own colour, that are seen through; added
+    light of shape (size, size, 3).
+    """
+    y, x = np.indices((size, size), dtype=np.float32)
+    angle, q = np.float32(rng.uniform(0, np.pi)), rng.uniform(0.5, 1)
+    outer = max(size * PLANETARY_RADIUS(rng), PLANETARY_LEAST * fwhm)
+    dx, dy = x - size * rng.uniform(0.05, 0.95), y - size * rng.uniform(0.05, 0.95)
+    u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / q
+    radius, lobes = np.hypot(u, v), chance(rng, 0.25) * rng.uniform(0.2, 0.6)
+    radius = radius / (outer * (1 - lobes * (v / (radius + 1)) ** 2))  # pinched at the waist
+    radius = radius + np.float32(rng.uniform(0, 0.25)) * (turbulence(rng, size, rng.uniform(2, 3)) - 0.5)
+    texture = turbulence(rng, size, rng.uniform(1.6, 2.6)) if chance(rng, 0.5) else filaments(rng, size)
+    texture = np.float32(1) + np.float32(rng.uniform(0, 1)) * (texture.clip(0) - 1)
+    light = np.zeros((size, size, 3), np.float32)
+    small = outer < BURNT_SIZE * fwhm
+    for edge in np.cumprod([1, *rng.uniform(0.4, 0.9, 0 if small else rng.integers(0, 3))]):
+        inner = rng.uniform(0.0, 0.95)
+        path = chord(radius / edge) - inner * chord(radius / (edge * inner + 1e-6))
+        color = np.float32(PALETTE[rng.choice(EMISSIONS)]) ** rng.uniform(0.7, 2)
+        light += tinted(rng.uniform(0.2, 1) * texture * path / math.sqrt(1 - inner**2), color)
+    most = BURNT_HEIGHT if small else np.inf
+    light = cv2.GaussianBlur(light, (0, 0), fwhm / 2.355)  # no edge is sharper than a star
+    return np.float32(min(PLANETARY_LIGHT(rng), most)) * light / light.max().clip(1e-3)
+
+
+def chord(radius):
+    """Half the way of a line of sight through a ball of radius 1, at such distances from its middle."""
+    return np.sqrt((1 - np.square(radius)).clip(0))
+
+
 def comet(rng, size, fwhm):
     """Coma and tail of a comet without its star-like nucleus, added light of shape (size, size, 3)."""
     y, x = np.indices((size, size), dtype=np.float32)
@@ -556,6 +602,8 @@ def painted_sky(rng, size, fwhm):
         image = image + blobs(rng, size, fwhm)
     if chance(rng, GLOBULAR_CHANCE):
         image = image + globular(rng, size, fwhm)
+    if chance(rng, PLANETARY_CHANCE):
+        image = image + planetary(rng, size, fwhm)
     if chance(rng, COMET_CHANCE):
         image = image + comet(rng, size, fwhm)
     image = 1 - np.exp(-image.clip(0))  # a shoulder: nothing of it is cut off at white

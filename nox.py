@@ -2259,7 +2259,7 @@ def with_grain(starry, starless):
     """The starless image with grain cloned from its surroundings where a bright star has none: on saturated discs.
 
     There the network sees the same everywhere, and made of it the same everywhere in its grid, which showed. Cloned is
-    only from where no star was, and no knot stands out.
+    only from where no star was, and no knot stands out; where there is no such place near, it is smooth.
     """
     gray, fill = (image @ np.full(image.shape[2], 1 / image.shape[2], np.float32) for image in (starry, starless))
     light, variance = np.abs(gray - fill), smoothed(np.square(gray - smoothed(gray)))
@@ -2277,12 +2277,12 @@ def with_grain(starry, starless):
 
 
 def cloned(values, source, rows, columns):
-    """For pixels of an image the values at the first of OFFSETS that is a source, in the image; else their own."""
+    """For pixels of an image the values at the first of OFFSETS that is a source, in the image; else 0."""
     margin, width = DISTANCES[-1], source.shape[1]
     wide = width + 2 * margin
     source, values = np.pad(source, margin).ravel(), values.reshape(-1, values.shape[2])
     here, there = rows * width + columns, (rows + margin) * wide + columns + margin
-    found, missing = values[here], np.arange(rows.size)
+    found, missing = np.zeros((rows.size, values.shape[1]), values.dtype), np.arange(rows.size)
     for down, right in OFFSETS:
         good = source[there[missing] + down * wide + right]
         hits, missing = missing[good], missing[~good]

@@ -481,6 +481,38 @@ def test_large_galaxies_without_arms_do_not_burn_out(monkeypatch):
     assert max(heights) <= gs.BURNT_ELLIPTICAL * (1 + 1e-6) and max(heights) > 0.5 * gs.BURNT_ELLIPTICAL
 
 
+def test_burnt_out_galaxies_without_arms_fade_gently(monkeypatch):
+    """Shown, the light falls by less than half of white within a FWHM, where a star's falls by 1.4 times its height."""
+    monkeypatch.setattr(gs, "SPIRAL_CHANCE", 0)
+    monkeypatch.setattr(gs, "GALAXY_SCALE", gs.Range(0.2, 0.5))
+    galaxies = [gs.large_galaxy(np.random.default_rng(seed), 400, 2.0).max(axis=-1) for seed in range(40)]
+    burnt = [1 - np.exp(-light) for light in galaxies if light.max() > gs.BURNT_ELLIPTICAL * (1 + 1e-6)]
+    assert len(burnt) > 3
+    assert max(np.hypot(*np.gradient(shown)).max() for shown in burnt) * 2.0 < 0.5
+
+
+def test_planetary_nebulae_are_no_sharper_than_the_stars():
+    star = 1 - np.exp(-0.5 * (2.355 / 4) ** 2)  # see test_knots_are_no_sharper_than_the_stars
+    for seed in range(6):
+        light = gs.planetary(np.random.default_rng(seed), 256, 4.0).mean(axis=-1)
+        height, bend = light[1:-1], light[1:-1] - (light[:-2] + light[2:]) / 2
+        assert (bend / height.clip(1e-9))[height > 0.2 * light.max()].max() < star
+
+
+def test_planetary_nebulae_are_larger_than_the_stars_and_burn_out_only_if_much_larger(monkeypatch):
+    monkeypatch.setattr(gs, "PLANETARY_RADIUS", lambda rng: 0.0)  # the least one
+    for seed in range(10):
+        light = gs.planetary(np.random.default_rng(seed), 256, 3.0).max(axis=-1)
+        assert (light > light.max() / 2).sum() > np.pi * 3.0**2 and light.max() <= gs.BURNT_HEIGHT * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.3, 0.9, 1.1])
+def test_chord_is_half_the_way_through_a_ball(radius):
+    along = np.linspace(-1.5, 1.5, 100001)
+    inside = (radius**2 + along**2 < 1).mean() * 3.0
+    assert gs.chord(np.float64(radius)) == pytest.approx(inside / 2, abs=1e-4)
+
+
 def test_galaxies_are_wider_than_the_stars():
     """The brightest galaxy of a field covers more pixels than a star of the same seeing."""
     width = lambda image: image.sum() ** 2 / (image**2).sum()  # noqa: E731
