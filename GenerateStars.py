@@ -205,6 +205,7 @@ GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smalle
 GALAXY_CUSP = 0.4  # Sersic index at most this x (1 + half-light radius in FWHM): small cusps look like stars with halos
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
+WIDE_GALAXY = 5  # half-light radius in FWHM from which small galaxies may be round
 WIDE_CORE = 8  # scale of its middle in FWHM from which one without arms may be round: a star's edge is steeper
 BULGE, BULGE_SCALE = Range(0.5, 5.0, True), Range(0.08, 0.35, True)  # of a spiral: light over the disk's, scale too
 RING_CHANCE, RING_RADIUS, RING_WIDTH = 0.3, Range(0.4, 1.6), Range(0.08, 0.3)  # of star formation, in disk scales
@@ -485,7 +486,7 @@ def galaxy_field(rng, size, fwhm):
         least = max(fwhm * GALAXY_SIZE(rng), 3.0)
         r_eff = least * max(1.0, size / 12 / least) ** (rng.random() ** 2)  # most are small
         wide = r_eff / fwhm
-        ellipticity = rng.uniform(1 - ROUNDEST if wide > 3 else 0.4, 0.75)
+        ellipticity = rng.uniform(0 if wide > WIDE_GALAXY else 1 - ROUNDEST if wide > 3 else 0.4, 0.75)
         height = GALAXY_HEIGHT(rng)
         if wide < BURNT_SIZE:
             height = min(height, BURNT_HEIGHT)
@@ -547,9 +548,9 @@ def planetary(rng, size, fwhm):
     u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / q
     radius, lobes = np.hypot(u, v), chance(rng, 0.25) * rng.uniform(0.2, 0.6)
     radius = radius / (outer * (1 - lobes * (v / (radius + 1)) ** 2))  # pinched at the waist
-    radius = radius + np.float32(rng.uniform(0, 0.25)) * (turbulence(rng, size, rng.uniform(2, 3)) - 0.5)
+    radius = radius + np.float32(rng.uniform(0, 0.7) ** 2) * (turbulence(rng, size, rng.uniform(2, 3)) - 0.5)
     texture = turbulence(rng, size, rng.uniform(1.6, 2.6)) if chance(rng, 0.5) else filaments(rng, size)
-    texture = np.float32(1) + np.float32(rng.uniform(0, 1)) * (texture.clip(0) - 1)
+    texture = np.float32(1) + np.float32(rng.uniform(0, 1)) * (texture.clip(0) ** rng.uniform(1, 3) - 1)
     light = np.zeros((size, size, 3), np.float32)
     small = outer < BURNT_SIZE * fwhm
     for edge in np.cumprod([1, *rng.uniform(0.4, 0.9, 0 if small else rng.integers(0, 3))]):
