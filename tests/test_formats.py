@@ -315,7 +315,8 @@ def test_light_is_taken_from_scaled_integers_in_their_physical_units(subtract):
     new = fits.getdata("starless.fits")
     expected = (10 + 2 * raw - 0.25 * white).clip(0)
     assert np.isnan(new[0, 0])
-    np.testing.assert_allclose(new.ravel()[1:], expected.ravel()[1:], atol=2)
+    inner = np.s_[2:-2, 2:-2]  # the ramp has no grain, and what is smoothed for it is not straight at the edge
+    np.testing.assert_allclose(new[inner], expected[inner], atol=2)
 
 
 def test_of_a_fits_file_the_first_picture_is_taken_or_the_one_that_is_named(infer):
