@@ -468,8 +468,8 @@ def spiral(rng, radius, azimuth, scale, fwhm):
     disk = np.exp(-radius / scale)
     knots = np.where((turbulence(rng, size, 1.0) > 0.95) & (arms > 0.4), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
-    light = BULGE(rng)
-    bulge = light * np.exp(-radius / max(BULGE_SCALE(rng) * scale, GALAXY_CORE / 2 * max(1, light) ** 0.5 * fwhm))
+    height = BULGE(rng)
+    bulge = height * np.exp(-radius / max(BULGE_SCALE(rng) * scale, GALAXY_CORE / 2 * max(1, height) ** 0.5 * fwhm))
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
     young = OLD_STARS + contrast * (YOUNG_STARS - OLD_STARS)
     light = tinted(bulge + 0.5 * disk, OLD_STARS) + tinted(disk * (0.2 + arms) * dust, young)
