@@ -1,10 +1,10 @@
-"""How much of what must stay goes with the stars: the light that the weights take of galaxies and nebulae among stars.
+"""How much the weights change what must stay: the light of galaxies and nebulae among stars.
 
     python tests/benchmarks/kept.py [--pairs 40] [--size 512] [--seed 94] [--only NAME ...] [--weights FILE]
 
 A kind is GenerateStars.py with every background but that one left out, on an empty sky with little noise. What stands
 0.1 over the sky's median in the star-free picture, averaged over 7 x 7 pixels, belongs to it; of its light there the
-share that is missing or too much in the starless picture is told, and in how many pictures that is more than a tenth.
+share that is missing or too much in the starless picture is told, also at the stars in front of it, and in how many pictures that is more than a tenth.
 """
 
 import argparse
@@ -76,7 +76,9 @@ def main():
     parser.add_argument("--weights", default="", help="of the colour network; default: the shipped ones")
     values = parser.parse_args()
     load = functools.cache(nox.load_generator)
-    print("| what must stay | pictures | light taken, mean, % | median, % | pictures that lose more than a tenth |")
+    print(
+        "| what must stay | pictures | light changed, mean, % | median, % | pictures that change by more than a tenth |"
+    )
     print("|---|---|---|---|---|")
     for name in tqdm(values.only, unit="kind", leave=False):
         shares = 100 * measure(KINDS[name], values, load)
