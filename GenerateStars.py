@@ -356,6 +356,12 @@ def tinted(field, color):
     return np.moveaxis(np.float32(color)[:, None, None] * field, 0, -1)
 
 
+def turned(x, y, angle):
+    """x, y in axes turned by an angle."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    return x * cos + y * sin, y * cos - x * sin
+
+
 def smoothstep(field, low, high):
     t = ((field - low) / (high - low)).clip(0, 1)
     return t * t * (3 - 2 * t)
@@ -439,7 +445,8 @@ def large_galaxy(rng, size, fwhm):
     q = rng.uniform(0.2, 1.0 if arms or wide else ROUNDEST)
     y, x = np.indices((size, size), dtype=np.float32)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
-    u, v = dx * np.cos(angle) + dy * np.sin(angle), (-dx * np.sin(angle) + dy * np.cos(angle)) / q
+    u, v = turned(dx, dy, angle)
+    v = v / q
     radius = np.hypot(u, v) + 0.5
     if arms:
         light = spiral(rng, radius, np.arctan2(v, u), scale, fwhm)
@@ -545,7 +552,8 @@ def planetary(rng, size, fwhm):
     angle, q = np.float32(rng.uniform(0, np.pi)), rng.uniform(0.5, 1)
     outer = max(size * PLANETARY_RADIUS(rng), PLANETARY_LEAST * fwhm)
     dx, dy = x - size * rng.uniform(0.05, 0.95), y - size * rng.uniform(0.05, 0.95)
-    u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / q
+    u, v = turned(dx, dy, angle)
+    v = v / q
     radius, lobes = np.hypot(u, v), chance(rng, 0.25) * rng.uniform(0.2, 0.6)
     radius = radius / (outer * (1 - lobes * (v / (radius + 1)) ** 2))  # pinched at the waist
     radius = radius + np.float32(rng.uniform(0, 0.7) ** 2) * (turbulence(rng, size, rng.uniform(2, 3)) - 0.5)
@@ -573,7 +581,7 @@ def comet(rng, size, fwhm):
     y, x = np.indices((size, size), dtype=np.float32)
     angle, head = np.float32(rng.uniform(0, 2 * np.pi)), fwhm * rng.uniform(3, 8)
     dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
-    along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    along, across = turned(dx, dy, angle)
     across = across + head * (turbulence(rng, size, 3.0) - 0.5)  # streamers
     width = head * (0.7 + rng.uniform(0.05, 0.3) * along.clip(0) / head)
     tail = np.exp(-0.5 * (across / width) ** 2 - along.clip(0) / (size * rng.uniform(0.2, 0.8))) * head / width
@@ -781,10 +789,9 @@ def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
     if optics.coma and radius > 0:  # in the corners stars point to the centre
         angle, q = azimuth, np.sqrt(1 - optics.field_stretch * radius**2)
         fwhm = fwhm * (1 + optics.field_blur * radius**2)
-    cos, sin = np.cos(angle), np.sin(angle)
     light = 0
     for x, y, weight in paths:
-        u, v = (dx - x) * cos + (dy - y) * sin, (dy - y) * cos - (dx - x) * sin
+        u, v = turned(dx - x, dy - y, angle)
         light = light + weight / total * core_light(optics, np.hypot(u * q, v / q), fwhm)
     return light
 
