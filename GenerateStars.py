@@ -195,6 +195,9 @@ EMPTY_SKY_CHANCE = 0.25  # no nebula at all: a gradient and noise
 GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.30, 0.28, 0.17
 SPIRAL_CHANCE = 0.5  # of large galaxies; the others are ellipticals
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
+LIT_CHANCE = 0.5  # a bright star stands where a nebula is lit from, or in the middle of a planetary one
+BRIGHTER = 8  # it is one of so many of the brightest
+LIT_REACH = Range(0.08, 1.0, True)  # radius within which it lights the gas, over the frame: a reflection nebula, a sky
 PLANETARY_CHANCE, PLANETARY_RADIUS, PLANETARY_LIGHT = 0.12, Range(0.015, 0.4, True), Range(0.15, 6.0, True)
 PLANETARY_LEAST = 4  # FWHM of its least radius: what is smaller cannot be told from a burnt-out star
 KNOTS, KNOT_LIGHT = Range(3, 80, True), Range(0.05, 1.5, True)  # in a picture that has any; before the shoulder
@@ -398,14 +401,14 @@ def shell(rng, size):
     return front * (0.3 + 0.7 * gas(rng, size))
 
 
-def cloud(rng, size):
-    """One emission or reflection, shape (size, size), about 0..1: gas, filaments or a shell, lit from one place."""
+def cloud(rng, size, place):
+    """One emission or reflection, shape (size, size), about 0..1: gas, filaments or a shell, lit from a place (x, y)."""
     kind = rng.choice(3, p=[0.5, 0.3, 0.2])
     light = (gas, filaments, shell)[kind](rng, size)
     if kind == 1:
         light = light * (0.2 + gas(rng, size))
-    x, y = ((np.arange(size, dtype=np.float32) / size - rng.uniform(-0.2, 1.2)) ** 2 for _ in range(2))
-    light = light / (1 + (x + y[:, None]) / rng.uniform(0.2, 1.0) ** 2)  # the lighting star's inverse square, softened
+    x, y = ((np.arange(size, dtype=np.float32) - c) ** 2 for c in place)
+    light = light / (1 + (x + y[:, None]) / (size * LIT_REACH(rng)) ** 2)  # the star's inverse square, softened
     return light / np.percentile(light[::4, ::4], 99.5).clip(1e-6)
 
 
@@ -544,15 +547,14 @@ def globular(rng, size, fwhm):
     return tinted(rng.uniform(0.1, 0.8) / (1 + radius**2), [1.0, 0.9, 0.75])
 
 
-def planetary(rng, size, fwhm):
-    """A planetary nebula without its star: nested shells of gas, each of its own colour, that are seen through; added
-    light of shape (size, size, 3).
+def planetary(rng, size, fwhm, place):
+    """A planetary nebula round a place (x, y), without its star: nested shells of gas, each of its own colour, that are
+    seen through; added light of shape (size, size, 3).
     """
     y, x = np.indices((size, size), dtype=np.float32)
     angle, q = np.float32(rng.uniform(0, np.pi)), rng.uniform(0.5, 1)
     outer = max(size * PLANETARY_RADIUS(rng), PLANETARY_LEAST * fwhm)
-    dx, dy = x - size * rng.uniform(0.05, 0.95), y - size * rng.uniform(0.05, 0.95)
-    u, v = turned(dx, dy, angle)
+    u, v = turned(x - place[0], y - place[1], angle)
     v = v / q
     radius, lobes = np.hypot(u, v), chance(rng, 0.25) * rng.uniform(0.2, 0.6)
     radius = radius / (outer * (1 - lobes * (v / (radius + 1)) ** 2))  # pinched at the waist
@@ -592,14 +594,17 @@ def comet(rng, size, fwhm):
 
 
 def painted_sky(rng, size, fwhm):
-    """A star-free deep-sky picture from noise alone, display values, shape (size, size, 3)."""
-    image = SKY_LEVEL(rng) * sky_gradient(rng, size)
+    """A star-free deep-sky picture from noise alone, display values, shape (size, size, 3), and the places (x, y) of
+    the stars that light its nebulae.
+    """
+    image, places = SKY_LEVEL(rng) * sky_gradient(rng, size), []
     if not chance(rng, EMPTY_SKY_CHANCE):
         glow = smoothstep(turbulence(rng, size, 4.0, 4), -0.2, 1.2)  # unresolved, wide
         light = tinted(rng.uniform(0, 0.6) * glow, PALETTE[rng.choice(list(PALETTE))])
         for name in rng.choice(list(PALETTE), rng.integers(1, 4), replace=False):
             color = PALETTE[name] * rng.uniform(0.7, 1.3, 3)
-            light += tinted(rng.uniform(0.3, 1) * cloud(rng, size), color)
+            places.append(size * rng.uniform(-0.2, 1.2, 2))
+            light += tinted(rng.uniform(0.3, 1) * cloud(rng, size, places[-1]), color)
         image = image + NEBULA_PEAK(rng) * light / np.percentile(light[::4, ::4], 99.5).clip(1e-3)
         if chance(rng, 0.6):
             image = absorb(rng, image)
@@ -612,21 +617,25 @@ def painted_sky(rng, size, fwhm):
     if chance(rng, GLOBULAR_CHANCE):
         image = image + globular(rng, size, fwhm)
     if chance(rng, PLANETARY_CHANCE):
-        image = image + planetary(rng, size, fwhm)
+        places.append(size * rng.uniform(0.05, 0.95, 2))
+        image = image + planetary(rng, size, fwhm, places[-1])
     if chance(rng, COMET_CHANCE):
         image = image + comet(rng, size, fwhm)
     image = 1 - np.exp(-image.clip(0))  # a shoulder: nothing of it is cut off at white
-    return np.ascontiguousarray(image, np.float32)
+    return np.ascontiguousarray(image, np.float32), [place for place in places if chance(rng, LIT_CHANCE)]
 
 
 def background(rng, size, fwhm, path):
-    """A photograph, alone or with a painted sky screen-blended over it, or (path None) a painted sky alone."""
+    """A photograph, alone or with a painted sky screen-blended over it, or (path None) a painted sky alone; and the
+    places of the stars that light it.
+    """
     if path is None:
         return painted_sky(rng, size, fwhm)
-    image = photograph(rng, size, path)
+    image, places = photograph(rng, size, path), []
     if chance(rng, 0.2):
-        image = 1 - (1 - image) * (1 - painted_sky(rng, size, fwhm))
-    return image.astype(np.float32)
+        sky, places = painted_sky(rng, size, fwhm)
+        image = 1 - (1 - image) * (1 - sky)
+    return image.astype(np.float32), places
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -815,22 +824,29 @@ def blackbody_rgb(temperature):
     return ratio / ratio[..., 1:2]
 
 
-def draw_stars(rng, shape, optics, visible_flux, share=1.0):
+def draw_stars(rng, shape, optics, visible_flux, share=1.0, places=()):
     """Table of the stars of one picture: x, y, flux, fwhm, temperature, population.
 
     share: of all stars but giants and beacons, which is left; 0 leaves none at all. visible_flux(d) is the flux of a
     star that stands d over the sky once stretched. Stars up to a margin outside the frame are drawn too: their halos
-    reach in.
+    reach in. In each of the places (x, y) that lies within it stands one of the brighter stars.
     """
-    tables = []
+    (height, width), tables = shape, []
     for name, population in POPULATIONS.items():
         left = chance(rng, population.chance) * (np.sign(share) if name in ("giants", "beacons") else share)
         tables.append(draw_population(rng, name, left, shape, optics, visible_flux))
-    return vstack(tables)
+    stars = vstack(tables)
+    brighter = rng.permutation(np.argsort(-stars["flux"].data)[: BRIGHTER * len(places)])
+    for star, (x, y) in zip(brighter, places):
+        if abs(x - width / 2) < width / 2 and abs(y - height / 2) < height / 2:
+            stars["x"][star], stars["y"][star] = x, y
+    edge = [2 * stars["x"].data / width - 1, 2 * stars["y"].data / height - 1]
+    stars["fwhm"] *= 1 + optics.seeing @ edge
+    return stars
 
 
 def draw_population(rng, name, share, shape, optics, visible_flux):
-    """draw_stars' table for one population, of which a share is left."""
+    """draw_stars' table for one population, of which a share is left, all with the FWHM of the frame's middle."""
     population = POPULATIONS[name]
     height, width = shape
     margin = MARGIN * max(shape)
@@ -851,8 +867,7 @@ def draw_population(rng, name, share, shape, optics, visible_flux):
     else:
         flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
     temperature = population.temperature(rng, count)
-    fwhm = optics.fwhm * (1 + optics.seeing @ [2 * x / width - 1, 2 * y / height - 1])
-    columns = {"x": x, "y": y, "flux": flux, "fwhm": fwhm, "temperature": temperature}
+    columns = {"x": x, "y": y, "flux": flux, "fwhm": np.full(count, optics.fwhm), "temperature": temperature}
     return Table({**columns, "population": np.full(count, name)})[near]
 
 
@@ -1155,10 +1170,11 @@ def bleed(rng, light, stars, peak):
             canvas[first:last, left : left + width] = np.maximum(canvas[first:last, left : left + width], 1)
 
 
-def expose(rng, sky, optics, color, noise, share):
+def expose(rng, sky, places, optics, color, noise, share):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table.
 
-    noise is its standard deviation in display units at the sky's level, share as for draw_stars.
+    Stars stand in the places (x, y), if there are any; noise is its standard deviation in display units at the sky's
+    level, share as for draw_stars.
     """
     shape = sky.shape[:2]
     forward, inverse = draw_stretch(rng, color)
@@ -1175,7 +1191,7 @@ def expose(rng, sky, optics, color, noise, share):
     def visible_flux(height):
         return max(float(np.mean(light_over(0.0 if screen else median, height))), 1e-6) / peak
 
-    stars = draw_stars(rng, shape, optics, visible_flux, share)
+    stars = draw_stars(rng, shape, optics, visible_flux, share, places)
     colors = star_colors(rng, stars["temperature"].data, color)
     darkest = 0.0 if screen else np.percentile(linear[::4, ::4], 2)
     threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
@@ -1264,11 +1280,12 @@ def make_pair(index, settings, path=None):
         size = next_fast_len(int(size / RESIZE(rng)), real=True)  # Fourier transforms of a prime length are slow
     optics = draw_optics(rng, color)
     share = 0.0 if chance(rng, STARLESS_CHANCE) else SPARSE(rng) if chance(rng, SPARSE_CHANCE) else 1.0
-    sky = background(rng, size, optics.widest * (1.0 if share else 0.5), path)  # galaxies are told apart from stars
+    least = optics.widest * (1.0 if share else 0.5)  # galaxies are told apart from stars
+    sky, places = background(rng, size, least, path)
     if not color:
         sky = np.repeat((sky @ np.array([0.299, 0.587, 0.114], np.float32))[..., None], 3, axis=2)
     noise = 0.0 if chance(rng, NOISELESS_CHANCE) else NOISE(rng)
-    starry, starless, stars = expose(rng, sky, optics, color, noise, share)
+    starry, starless, stars = expose(rng, sky, places, optics, color, noise, share)
     process = draw_processing(rng, settings.size, color, noise)
     starry, starless = process(starry.astype(np.float32)), process(starless.astype(np.float32))
     starry = np.where(np.abs(starry - starless) < HALF_LEVEL, starless, starry)

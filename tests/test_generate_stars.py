@@ -453,6 +453,28 @@ def test_beacons_are_saturated_to_the_asked_radius(monkeypatch):
     assert 2 * np.sqrt((image >= 1).sum() / np.pi) == pytest.approx(24, rel=0.05)
 
 
+def test_bright_stars_stand_in_the_places_that_light_the_nebulae(monkeypatch):
+    field = dataclasses.replace(gs.POPULATIONS["field"], chance=1.0, density=gs.Range(4000, 5000))
+    monkeypatch.setattr(gs, "POPULATIONS", {"field": field})
+    places = [(20.5, 30.0), (150.0, 99.0), (250.0, 30.0)]  # the last lies outside
+    for seed in range(5):
+        stars = gs.draw_stars(
+            np.random.default_rng(seed), (200, 200), plain_optics(), lambda height: height, 1.0, places
+        )
+        here = [stars[(stars["x"] == x) & (stars["y"] == y)] for x, y in places]
+        assert [len(table) for table in here] == [1, 1, 0]
+        least = np.sort(stars["flux"])[-3 * gs.BRIGHTER]
+        assert all(table["flux"][0] >= least for table in here[:2])
+
+
+def test_gas_is_brightest_round_the_star_that_lights_it(monkeypatch):
+    monkeypatch.setattr(gs, "LIT_REACH", gs.Range(0.1, 0.11))
+    near, far = (64, 200), (200, 64)
+    clouds = [gs.cloud(np.random.default_rng(seed), 256, near) for seed in range(20)]
+    around = [[cloud[y - 20 : y + 20, x - 20 : x + 20].mean() for cloud in clouds] for x, y in (near, far)]
+    assert np.mean(around[0]) > 4 * np.mean(around[1])
+
+
 def test_stars_brighten_the_picture():
     gained = [float((starry - starless).mean()) for starry, starless, _ in map(make, range(10))]
     assert min(gained) > -1e-3  # rings of sharpening may darken a little
@@ -491,10 +513,12 @@ def test_burnt_out_galaxies_without_arms_fade_gently(monkeypatch):
     assert max(np.hypot(*np.gradient(shown)).max() for shown in burnt) * 2.0 < 0.5
 
 
-def test_planetary_nebulae_are_no_sharper_than_the_stars():
-    star = 1 - np.exp(-0.5 * (2.355 / 4) ** 2)  # see test_knots_are_no_sharper_than_the_stars
+@pytest.mark.parametrize("paint", [gs.blobs, lambda *args: gs.planetary(*args, (90, 140))], ids=["knots", "planetary"])
+def test_small_nebulae_are_no_sharper_than_the_stars(paint):
+    """Nowhere does their light bend more, for its height, than in the middle of a star, a Gaussian of the same FWHM."""
+    star = 1 - np.exp(-0.5 * (2.355 / 4) ** 2)
     for seed in range(6):
-        light = gs.planetary(np.random.default_rng(seed), 256, 4.0).mean(axis=-1)
+        light = paint(np.random.default_rng(seed), 256, 4.0).mean(axis=-1)
         height, bend = light[1:-1], light[1:-1] - (light[:-2] + light[2:]) / 2
         assert (bend / height.clip(1e-9))[height > 0.2 * light.max()].max() < star
 
@@ -502,7 +526,7 @@ def test_planetary_nebulae_are_no_sharper_than_the_stars():
 def test_planetary_nebulae_are_larger_than_the_stars_and_burn_out_only_if_much_larger(monkeypatch):
     monkeypatch.setattr(gs, "PLANETARY_RADIUS", lambda rng: 0.0)  # the least one
     for seed in range(10):
-        light = gs.planetary(np.random.default_rng(seed), 256, 3.0).max(axis=-1)
+        light = gs.planetary(np.random.default_rng(seed), 256, 3.0, (128, 128)).max(axis=-1)
         assert (light > light.max() / 2).sum() > np.pi * 3.0**2 and light.max() <= gs.BURNT_HEIGHT * (1 + 1e-6)
 
 
@@ -522,15 +546,6 @@ def test_galaxies_are_wider_than_the_stars():
         peak = np.unravel_index(light.argmax(), light.shape)
         box = tuple(slice(max(p - 6, 0), p + 7) for p in peak)
         assert width(light[box]) > width(star[58:71, 58:71])
-
-
-def test_knots_are_no_sharper_than_the_stars():
-    """Nowhere does their light bend more, for its height, than in the middle of a star, a Gaussian of the same FWHM."""
-    star = 1 - np.exp(-0.5 * (2.355 / 4) ** 2)
-    for seed in range(6):
-        light = gs.blobs(np.random.default_rng(seed), 256, 4.0).mean(axis=-1)
-        height, bend = light[1:-1], light[1:-1] - (light[:-2] + light[2:]) / 2
-        assert (bend / height.clip(1e-9))[height > 0.2 * light.max()].max() < star
 
 
 def test_galaxies_are_wider_than_trailed_and_comatic_stars():
