@@ -106,7 +106,7 @@ class Population:
 
 POPULATIONS = {
     "field": Population(0.90, Range(100, 8000, True), Range(0.015, 0.40, True), Range(4, 9), Range(0.4, 1.2), Range(3000, 12000, True)),
-    "crowd": Population(0.35, Range(5000, 60000, True), Range(0.01, 0.25, True), Range(2, 6), Range(0.7, 1.6), Range(2400, 7000, True)),
+    "crowd": Population(0.35, Range(5000, 250000, True), Range(0.01, 0.25, True), Range(2, 6), Range(0.7, 1.6), Range(2400, 7000, True)),
     "dwarfs": Population(0.30, Range(200, 8000, True), Range(0.012, 0.06, True), Range(1, 3), Range(0.8, 1.4), Range(1800, 3600, True)),
     "cluster": Population(0.20, Range(200, 6000, True), Range(0.02, 0.4, True), Range(4, 8), Range(0.4, 0.9), Range(4000, 25000, True), spread=Range(0.03, 0.25, True)),
     "giants": Population(0.70, Range(4, 60, True), Range(0.5, 0.9), Range(2, 8), Range(0.3, 0.8), Range(2800, 25000, True)),
@@ -114,11 +114,12 @@ POPULATIONS = {
 }  # fmt: skip
 STARLESS_CHANCE = 0.08  # no star at all: nothing may be taken, not even galaxies that look like stars
 SPARSE_CHANCE, SPARSE = 0.25, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
+CONFUSION = 0.3  # most stars of a population in a square of the FWHM's side: more are a glow, which is to stay
 MARGIN = 0.06  # stars are drawn so far outside the frame, over its side: their halos reach in
 EXCESS = 3e5  # most light of a beacon over a just saturated star's: 14 magnitudes
 
 # Optics.
-FWHM = Range(1.2, 5.0, True)  # pixels; most pictures are sampled at 2 to 4 pixels
+FWHM = Range(1.0, 5.0, True)  # pixels; most pictures are sampled at 2 to 4 pixels, wide fields at 1
 FWHM_LARGE = Range(5.0, 15, True)  # long focal lengths and poor seeing
 FWHM_LARGE_CHANCE = 0.10
 BETA = Range(2.0, 6.0, True)  # Moffat's exponent: 2.5 measured seeing, 4.765 Kolmogorov, more: short wings
@@ -852,7 +853,7 @@ def draw_population(rng, name, share, shape, optics, visible_flux):
     margin = MARGIN * max(shape)
     area = (height + 2 * margin) * (width + 2 * margin) / 1e6
     density = population.density(rng) / max(1, optics.fwhm / 3) ** 2  # wide stars fill the frame sooner
-    count = rng.poisson(share * density * area)
+    count = rng.poisson(share * min(density, 1e6 * CONFUSION / optics.fwhm**2) * area)
     x, y = rng.uniform(-margin, width + margin, count), rng.uniform(-margin, height + margin, count)
     if population.spread:  # a cluster: Gaussian clump round a random centre
         radius = population.spread(rng) * max(shape)

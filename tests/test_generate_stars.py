@@ -453,6 +453,15 @@ def test_beacons_are_saturated_to_the_asked_radius(monkeypatch):
     assert 2 * np.sqrt((image >= 1).sum() / np.pi) == pytest.approx(24, rel=0.05)
 
 
+@pytest.mark.parametrize("fwhm", [2.0, 6.0])
+def test_stars_of_a_population_are_not_crowded_into_a_glow(fwhm, monkeypatch):
+    crowd = dataclasses.replace(gs.POPULATIONS["crowd"], chance=1.0, density=gs.Range(1e8, 1.1e8))
+    monkeypatch.setattr(gs, "POPULATIONS", {"crowd": crowd})
+    stars = gs.draw_stars(np.random.default_rng(0), (300, 300), plain_optics(fwhm=fwhm), lambda height: height)
+    inside = (stars["x"] > 0) & (stars["x"] < 300) & (stars["y"] > 0) & (stars["y"] < 300)
+    assert inside.sum() * fwhm**2 / 300**2 == pytest.approx(gs.CONFUSION, rel=0.1)
+
+
 def test_bright_stars_stand_in_the_places_that_light_the_nebulae(monkeypatch):
     field = dataclasses.replace(gs.POPULATIONS["field"], chance=1.0, density=gs.Range(4000, 5000))
     monkeypatch.setattr(gs, "POPULATIONS", {"field": field})
