@@ -4,7 +4,8 @@
 
 A kind is GenerateStars.py with every background but that one left out, on an empty sky with little noise. What stands
 0.1 over the sky's median in the star-free picture, averaged over 7 x 7 pixels, belongs to it; of its light there the
-share that is missing or too much in the starless picture is told, also at the stars in front of it, and in how many pictures that is more than a tenth.
+share that is missing or too much in the starless picture is told, also at the stars in front of it, and in how many
+pictures that is more than a tenth.
 """
 
 import argparse
