@@ -151,8 +151,10 @@ HALO_SCALE = Range(1.5, 30, True)  # exponential scale, or the FWHM of an aureol
 AUREOLE_CHANCE, AUREOLE_BETA = 0.5, Range(1.1, 2.0)  # halo that falls as r^-2beta; King 1971 found r^-2
 RAYS_CHANCE, RAYS, RAY_COUNT = 0.25, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
-REFLECTION_CHANCE, REFLECTION_LIGHT, REFLECTION_RADIUS = 0.3, Range(0.003, 0.05, True), Range(10, 60, True)
-RIM_CHANCE, REFLECTION_RIM = 0.5, Range(0.3, 4.0, True)  # light of a disc's rim over its middle's, less 1
+REFLECTION_COUNT = {0: 0.7, 1: 0.2, 2: 0.1}  # filters, window and sensor reflect each other's light
+REFLECTION_LIGHT, REFLECTION_RADIUS = Range(0.003, 0.05, True), Range(10, 60, True)  # over the star's; pixels
+RIM_CHANCE, RIM = 0.5, Range(0.3, 6.0, True)  # light of a disc's rim over its middle's, less 1
+RIM_WIDTH = Range(0.03, 0.15, True)  # over the disc's radius
 HOLE_CHANCE = 0.5  # shadow of the secondary mirror over the disc
 REFLECTION_TINT = Range(0.1, 1.0)  # of each channel: coatings and filters reflect one colour most
 
@@ -207,6 +209,7 @@ GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shou
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 GALAXY_CUSP = 0.4  # Sersic index at most this x (1 + half-light radius in FWHM): small cusps look like stars with halos
+SEEN_WIDTH = 0.55  # of the width of stars on the display counts as their FWHM where galaxies are sized
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
 WIDE_GALAXY = 5  # half-light radius in FWHM from which small galaxies may be round
@@ -594,9 +597,11 @@ def comet(rng, size, fwhm):
     return np.float32(rng.uniform(0.1, 0.7)) * light.astype(np.float32)
 
 
-def painted_sky(rng, size, fwhm):
+def painted_sky(rng, size, fwhm, burnt):
     """A star-free deep-sky picture from noise alone, display values, shape (size, size, 3), and the places (x, y) of
     the stars that light its nebulae.
+
+    fwhm: of stars, for what is not bright in the middle; burnt: for what may be burnt out.
     """
     image, places = SKY_LEVEL(rng) * sky_gradient(rng, size), []
     if not chance(rng, EMPTY_SKY_CHANCE):
@@ -610,7 +615,7 @@ def painted_sky(rng, size, fwhm):
         if chance(rng, 0.6):
             image = absorb(rng, image)
     if chance(rng, GALAXY_CHANCE):
-        image = image + large_galaxy(rng, size, fwhm)
+        image = image + large_galaxy(rng, size, burnt)
     if chance(rng, GALAXY_FIELD_CHANCE + GALAXY_CLUSTER_CHANCE):
         image = image + galaxy_field(rng, size, fwhm)
     if chance(rng, KNOT_CHANCE):
@@ -619,22 +624,22 @@ def painted_sky(rng, size, fwhm):
         image = image + globular(rng, size, fwhm)
     if chance(rng, PLANETARY_CHANCE):
         places.append(size * rng.uniform(0.05, 0.95, 2))
-        image = image + planetary(rng, size, fwhm, places[-1])
+        image = image + planetary(rng, size, burnt, places[-1])
     if chance(rng, COMET_CHANCE):
         image = image + comet(rng, size, fwhm)
     image = 1 - np.exp(-image.clip(0))  # a shoulder: nothing of it is cut off at white
     return np.ascontiguousarray(image, np.float32), [place for place in places if chance(rng, LIT_CHANCE)]
 
 
-def background(rng, size, fwhm, path):
+def background(rng, size, fwhm, burnt, path):
     """A photograph, alone or with a painted sky screen-blended over it, or (path None) a painted sky alone; and the
     places of the stars that light it.
     """
     if path is None:
-        return painted_sky(rng, size, fwhm)
+        return painted_sky(rng, size, fwhm, burnt)
     image, places = photograph(rng, size, path), []
     if chance(rng, 0.2):
-        sky, places = painted_sky(rng, size, fwhm)
+        sky, places = painted_sky(rng, size, fwhm, burnt)
         image = 1 - (1 - image) * (1 - sky)
     return image.astype(np.float32), places
 
@@ -664,7 +669,7 @@ class Optics:
     seeing: np.ndarray  # (2,) growth of the FWHM from the middle to the right and the lower edge
     spikes: dict | None
     halos: list[dict]
-    reflection: dict | None
+    reflections: list[dict]
 
     @property
     def widest(self):
@@ -717,7 +722,8 @@ def draw_reflection(rng, color):
         "light": REFLECTION_LIGHT(rng),
         "radius": REFLECTION_RADIUS(rng),
         "offset": rng.normal(0, 8, 2),
-        "rim": REFLECTION_RIM(rng) * chance(rng, RIM_CHANCE),
+        "rim": RIM(rng) * chance(rng, RIM_CHANCE),
+        "rim_width": RIM_WIDTH(rng),
         "hole": OBSTRUCTION(rng) * chance(rng, HOLE_CHANCE),
         "tint": tint / tint.mean(),
     }
@@ -746,7 +752,7 @@ def draw_optics(rng, color):
         seeing=SEEING(rng, 2) * chance(rng, SEEING_CHANCE),
         spikes=draw_spikes(rng, color) if chance(rng, SPIKE_CHANCE) else None,
         halos=[draw_halo(rng, fwhm, color) for _ in range(pick(rng, HALO_COUNT))],
-        reflection=draw_reflection(rng, color) if chance(rng, REFLECTION_CHANCE) else None,
+        reflections=[draw_reflection(rng, color) for _ in range(pick(rng, REFLECTION_COUNT))],
     )  # fmt: skip
 
 
@@ -804,6 +810,18 @@ def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
         u, v = turned(dx - x, dy - y, angle)
         light = light + weight / total * core_light(optics, np.hypot(u * q, v / q), fwhm)
     return light
+
+
+def seen_width(optics, inverse, height):
+    """FWHM on the display of stars as bright as height in the middle, 0..1, with their glow; inverse: of the stretch.
+
+    A deep stretch lifts the wings: what is burnt out and not wider cannot be told from a star.
+    """
+    share = np.min(inverse(np.float32(height / 2)) / inverse(np.float32(height)))  # of an unlinked stretch the widest
+    radius = np.concatenate([[0], np.geomspace(0.1, 50, 200) * optics.fwhm])
+    round_light = far_light(dataclasses.replace(optics, spikes=None), radius, 0 * radius)[:, 1]
+    light = point_spread(optics, radius, 0 * radius, 1) + round_light
+    return 2 * float(radius[np.argmax(light < share * light[0])])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -945,7 +963,7 @@ def add_window(canvas, stamp, color, column, row):
 
 
 def far_light(optics, dx, dy):
-    """Light of spikes, halos and reflection disc of a white star of flux 1, shape (*dx.shape, 3)."""
+    """Light of spikes, halos and reflections of a white star of flux 1, shape (*dx.shape, 3)."""
     light = np.zeros((*dx.shape, 3), np.float32)
     radius = np.hypot(dx, dy)
     for halo in optics.halos:
@@ -955,8 +973,8 @@ def far_light(optics, dx, dy):
         rays = np.interp(np.arctan2(dy, dx), directions, halo["rays"], period=2 * np.pi)
         glow = moffat(radius, scale, beta) if beta else np.exp(-radius / scale) / (2 * np.pi * scale**2)
         light += (halo["light"] * rays * glow)[..., None] * tint
-    if optics.reflection:
-        light += reflection_light(optics.reflection, dx, dy)
+    for reflection in optics.reflections:
+        light += reflection_light(reflection, dx, dy)
     if optics.spikes:
         light += spike_light(optics, dx, dy, radius)
     return light
@@ -967,7 +985,7 @@ def reflection_light(reflection, dx, dy):
     size, offset = reflection["radius"], reflection["offset"]
     radius = np.hypot(dx - offset[0], dy - offset[1])
     inside = lambda edge: 0.5 * (1 - np.tanh((radius - edge) / 1.5))  # noqa: E731
-    rim = reflection["rim"] * np.exp(-(((radius - size) / (0.1 * size)) ** 2))
+    rim = reflection["rim"] * np.exp(-(((radius - size) / (reflection["rim_width"] * size)) ** 2))
     disc = inside(size) * (1 + rim)
     if reflection["hole"]:
         disc = disc - inside(reflection["hole"] * size)
@@ -1049,15 +1067,17 @@ def draw_wings(x, y, fluxes, optics, sprite_radius, shape, threshold):
 
 
 def brightest_far(optics):
-    """dx, dy, each of shape (1, 2), of where far_light may be brightest: the middle, and a reflection off its hole."""
-    disc = optics.reflection or {"offset": (0.0, 0.0), "radius": 0.0}
-    return np.array([[0.0, disc["offset"][0] + 0.8 * disc["radius"]]]), np.array([[0.0, disc["offset"][1]]])
+    """dx, dy, each of shape (1, n), where far_light may be brightest: the middle, reflections off their hole, and rims."""
+    points = [(0.0, 0.0)]
+    for disc in optics.reflections:
+        points += [disc["offset"] + np.array([share * disc["radius"], 0.0]) for share in (0.8, 0.97)]
+    return np.transpose(points)[:, None]
 
 
 def visible_radius(optics, flux, threshold, limit):
     """Radius beyond which no part of a star of that flux reaches the threshold, at most limit."""
-    disc = optics.reflection  # with a hole, it is dark further in
-    nearest = 12 if disc is None else max(12, 1.1 * disc["radius"] + np.hypot(*disc["offset"]))
+    edges = (1.1 * disc["radius"] + np.hypot(*disc["offset"]) for disc in optics.reflections)
+    nearest = max([12, *edges])  # a reflection with a hole is dark further in
     for radius in np.geomspace(min(nearest, limit), limit, 16).astype(int):
         along = optics.spikes["angles"] if optics.spikes else []
         ring = radius * np.exp(1j * np.concatenate([np.linspace(0, 2 * np.pi, 24), along]))[None]
@@ -1171,14 +1191,14 @@ def bleed(rng, light, stars, peak):
             canvas[first:last, left : left + width] = np.maximum(canvas[first:last, left : left + width], 1)
 
 
-def expose(rng, sky, places, optics, color, noise, share):
+def expose(rng, sky, places, optics, stretch, color, noise, share):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table.
 
     Stars stand in the places (x, y), if there are any; noise is its standard deviation in display units at the sky's
     level, share as for draw_stars.
     """
     shape = sky.shape[:2]
-    forward, inverse = draw_stretch(rng, color)
+    forward, inverse = stretch
     linear = inverse(sky.clip(0.002, 0.999)).astype(np.float32)
     median = np.median(linear[::4, ::4])
     gain = np.mean(forward(median * 1.01) - forward(median)) / (median * 0.01)  # slope at the sky
@@ -1281,12 +1301,16 @@ def make_pair(index, settings, path=None):
         size = next_fast_len(int(size / RESIZE(rng)), real=True)  # Fourier transforms of a prime length are slow
     optics = draw_optics(rng, color)
     share = 0.0 if chance(rng, STARLESS_CHANCE) else SPARSE(rng) if chance(rng, SPARSE_CHANCE) else 1.0
-    least = optics.widest * (1.0 if share else 0.5)  # galaxies are told apart from stars
-    sky, places = background(rng, size, least, path)
+    stretch = draw_stretch(rng, color)
+    least = burnt = 0.5 * optics.widest
+    if share:  # galaxies are told apart from stars
+        seen = (seen_width(optics, stretch[1], height) for height in (BURNT_HEIGHT, 1.0))
+        least, burnt = (max(optics.widest, SEEN_WIDTH * width) for width in seen)
+    sky, places = background(rng, size, least, burnt, path)
     if not color:
         sky = np.repeat((sky @ np.array([0.299, 0.587, 0.114], np.float32))[..., None], 3, axis=2)
     noise = 0.0 if chance(rng, NOISELESS_CHANCE) else NOISE(rng)
-    starry, starless, stars = expose(rng, sky, places, optics, color, noise, share)
+    starry, starless, stars = expose(rng, sky, places, optics, stretch, color, noise, share)
     process = draw_processing(rng, settings.size, color, noise)
     starry, starless = process(starry.astype(np.float32)), process(starless.astype(np.float32))
     starry = np.where(np.abs(starry - starless) < HALF_LEVEL, starless, starry)

@@ -1,6 +1,7 @@
 """Behaviour of GenerateStars.py: what its pairs hold, against references of their own, and its command line."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def plain_optics(**changes):
     values = dict(
         core="moffat", fwhm=4.0, beta=3.0, axis_ratio=1.0, angle=0.0, obstruction=0.3, band=0.05, chromatic=np.ones(3),
         shift=np.zeros((3, 2)), trail=np.zeros(2), coma=0.0, field_stretch=0.0, field_blur=0.0, seeing=np.zeros(2), spikes=None, halos=[],
-        reflection=None,
+        reflections=[],
     )  # fmt: skip
     return gs.Optics(**{**values, **changes})
 
@@ -210,26 +211,40 @@ def test_rays_of_a_halo_have_no_seam():
     assert light.max() > 5 * light.min() and np.abs(np.diff(light)).max() < 0.1 * light.max()
 
 
+FAR = np.mgrid[-70:71, -70:71].astype(np.float32)[::-1]  # dx, dy
+
+
+def reflection(**changes):
+    plain = {"light": 0.02, "radius": 40.0, "offset": (0.0, 0.0), "rim": 0.0, "rim_width": 0.1, "hole": 0.0}
+    return {**plain, "tint": np.ones(3), **changes}
+
+
 def test_reflection_with_a_hole_is_drawn_without_a_halo():
-    disc = {"light": 0.05, "radius": 30.0, "offset": (0.0, 0.0), "rim": 3.0, "hole": 0.5, "tint": np.ones(3)}
-    optics, flux = plain_optics(fwhm=2.0, beta=5.0, reflection=disc), 1000.0
+    disc = reflection(light=0.05, radius=30.0, rim=3.0, hole=0.5)
+    optics, flux = plain_optics(fwhm=2.0, beta=5.0, reflections=[disc]), 1000.0
     rim = flux * gs.far_light(optics, np.array([[29.0]]), np.zeros((1, 1)))[0, 0, 1]
     image = draw([(64, 64, flux)], optics, 129, rim / 20)
     assert image[64, 64 + 29] == pytest.approx(rim, rel=0.05)
 
 
+def test_each_of_several_reflections_is_drawn():
+    discs = [reflection(radius=radius, offset=(offset, 0.0)) for radius, offset in ((12.0, 30.0), (35.0, -20.0))]
+    sums = [gs.far_light(plain_optics(reflections=some), *FAR) for some in (discs, discs[:1], discs[1:])]
+    np.testing.assert_allclose(sums[0], sums[1] + sums[2], rtol=1e-5)
+    assert all(part.max() > 0 for part in sums)
+
+
 @pytest.mark.parametrize("rim, hole", [(0.0, 0.0), (3.0, 0.0), (0.0, 0.4), (3.0, 0.4)])
 def test_reflection_is_a_disc_with_its_rim_and_hole(rim, hole):
     tint = np.array([1.8, 0.9, 0.3])
-    reflection = {"light": 0.02, "radius": 40.0, "offset": (6.0, -9.0), "rim": rim, "hole": hole, "tint": tint}
-    dy, dx = np.mgrid[-70:71, -70:71].astype(np.float32)
-    light = gs.far_light(plain_optics(reflection=reflection), dx, dy)
+    disc = reflection(offset=(6.0, -9.0), rim=rim, hole=hole, tint=tint)
+    light = gs.far_light(plain_optics(reflections=[disc]), *FAR)
     middle, half, edge, beyond = (light[70 - 9, 70 + 6 + r, 1] for r in (0, 24, 38, 46))
-    disc = 0.9 * 0.02 / (np.pi * 40**2)
-    assert half == pytest.approx(disc, rel=0.02)
-    assert middle == pytest.approx(0 if hole else disc, abs=0.02 * disc)
-    assert (edge > 2 * disc) == (rim > 0)
-    assert beyond < 0.01 * disc
+    plateau = 0.9 * 0.02 / (np.pi * 40**2)
+    assert half == pytest.approx(plateau, rel=0.02)
+    assert middle == pytest.approx(0 if hole else plateau, abs=0.02 * plateau)
+    assert (edge > 2 * plateau) == (rim > 0)
+    assert beyond < 0.01 * plateau
     np.testing.assert_allclose(light.sum(axis=(0, 1)) / light.sum(), tint / 3, rtol=1e-4)
 
 
@@ -562,6 +577,34 @@ def test_galaxies_are_wider_than_trailed_and_comatic_stars():
     assert optics.widest == 3
     trailed = dataclasses.replace(optics, trail=np.array([0.0, 4.0]), coma=12.0, chromatic=np.array([1.2, 1, 0.9]))
     assert trailed.widest == pytest.approx(1.2 * 13)
+
+
+def plain_halo(light=0.3, scale=10.0, beta=None):
+    return {"light": light, "scale": scale, "aureole": beta, "blue": 1.0, "rays": np.ones(8)}
+
+
+@pytest.mark.parametrize("fwhm, beta", [(3.0, 2.5), (5.0, 4.8)])
+def test_without_a_stretch_stars_are_seen_as_wide_as_they_are(fwhm, beta):
+    assert gs.seen_width(plain_optics(fwhm=fwhm, beta=beta), lambda y: y, 1.0) == pytest.approx(fwhm, rel=0.05)
+
+
+def test_a_deep_stretch_shows_a_saturated_star_as_wide_as_its_wings():
+    m, beta = 0.001, 2.5
+    alpha = 3.0 / (2 * np.sqrt(2 ** (1 / beta) - 1))
+    seen = gs.seen_width(plain_optics(fwhm=3.0, beta=beta), lambda y: gs.midtones_transfer(y, 1 - m), 1.0)
+    assert seen == pytest.approx(2 * alpha * np.sqrt(m ** (-1 / beta) - 1), rel=0.05)
+
+
+def test_faint_stars_are_seen_narrower_than_bright_ones():
+    inverse = functools.partial(gs.midtones_transfer, m=0.999)
+    widths = [gs.seen_width(plain_optics(fwhm=3.0), inverse, height) for height in (0.1, 0.5, 0.8, 1.0)]
+    assert widths == sorted(widths) and widths[-1] > 2 * widths[0]
+
+
+def test_a_strong_halo_widens_stars_as_they_are_seen():
+    alone, glowing = (plain_optics(fwhm=3.0, beta=5.0, halos=halos) for halos in ([], [plain_halo()]))
+    inverse = functools.partial(gs.midtones_transfer, m=0.999)
+    assert gs.seen_width(glowing, inverse, 1.0) > 1.5 * gs.seen_width(alone, inverse, 1.0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
