@@ -209,7 +209,7 @@ GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shou
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 GALAXY_CUSP = 0.4  # Sersic index at most this x (1 + half-light radius in FWHM): small cusps look like stars with halos
-SEEN_WIDTH = 0.55  # of the width of stars on the display counts as their FWHM where galaxies are sized
+SEEN_WIDTH = 0.55  # of the width of stars on the display counts as their FWHM where galaxies and planetaries are sized
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
 WIDE_GALAXY = 5  # half-light radius in FWHM from which small galaxies may be round
@@ -812,6 +812,12 @@ def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
     return light
 
 
+def glowing_profile(optics, radius):
+    """Green light per square pixel at radii (n,) from a star of flux 1, halos and reflections with it, spikes without."""
+    glow = far_light(dataclasses.replace(optics, spikes=None), radius, 0 * radius)[:, 1]
+    return point_spread(optics, radius, 0.0, 1) + glow
+
+
 def seen_width(optics, inverse, height):
     """FWHM on the display of stars as bright as height in the middle, 0..1, with their glow; inverse: of the stretch.
 
@@ -819,8 +825,7 @@ def seen_width(optics, inverse, height):
     """
     share = np.min(inverse(np.float32(height / 2)) / inverse(np.float32(height)))  # of an unlinked stretch the widest
     radius = np.concatenate([[0], np.geomspace(0.1, 50, 200) * optics.fwhm])
-    round_light = far_light(dataclasses.replace(optics, spikes=None), radius, 0 * radius)[:, 1]
-    light = point_spread(optics, radius, 0 * radius, 1) + round_light
+    light = glowing_profile(optics, radius)
     return 2 * float(radius[np.argmax(light < share * light[0])])
 
 
@@ -881,8 +886,7 @@ def draw_population(rng, name, share, shape, optics, visible_flux):
     if population.disc:
         edge = population.disc(rng, count)
         center = point_spread(optics, 0.0, 0.0, 1)
-        round_light = far_light(dataclasses.replace(optics, spikes=None), edge, 0 * edge)[:, 1]
-        flux = flux * center / np.maximum(point_spread(optics, edge, 0.0, 1) + round_light, center / EXCESS)
+        flux = flux * center / np.maximum(glowing_profile(optics, edge), center / EXCESS)
     else:
         flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
     temperature = population.temperature(rng, count)
@@ -1194,8 +1198,8 @@ def bleed(rng, light, stars, peak):
 def expose(rng, sky, places, optics, stretch, color, noise, share):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table.
 
-    Stars stand in the places (x, y), if there are any; noise is its standard deviation in display units at the sky's
-    level, share as for draw_stars.
+    Stars stand in the places (x, y), if there are any; stretch as of draw_stretch; noise is its standard deviation in
+    display units at the sky's level, share as for draw_stars.
     """
     shape = sky.shape[:2]
     forward, inverse = stretch

@@ -234,6 +234,12 @@ def test_each_of_several_reflections_is_drawn():
     assert all(part.max() > 0 for part in sums)
 
 
+def test_a_narrow_rim_leaves_the_disc_inside_it_as_it_was():
+    rimmed, plain = (gs.far_light(plain_optics(reflections=[reflection(rim=rim, rim_width=0.03)]), *FAR)[70, 70:, 1] for rim in (4.0, 0.0))  # fmt: skip
+    np.testing.assert_allclose(rimmed[:36], plain[:36], rtol=0.01)
+    assert rimmed[40] > 4 * plain[40]
+
+
 @pytest.mark.parametrize("rim, hole", [(0.0, 0.0), (3.0, 0.0), (0.0, 0.4), (3.0, 0.4)])
 def test_reflection_is_a_disc_with_its_rim_and_hole(rim, hole):
     tint = np.array([1.8, 0.9, 0.3])
@@ -605,6 +611,18 @@ def test_a_strong_halo_widens_stars_as_they_are_seen():
     alone, glowing = (plain_optics(fwhm=3.0, beta=5.0, halos=halos) for halos in ([], [plain_halo()]))
     inverse = functools.partial(gs.midtones_transfer, m=0.999)
     assert gs.seen_width(glowing, inverse, 1.0) > 1.5 * gs.seen_width(alone, inverse, 1.0)
+
+
+@pytest.mark.parametrize("kind, certain", [("large_galaxy", "GALAXY_CHANCE"), ("planetary", "PLANETARY_CHANCE")])
+def test_what_may_burn_out_is_sized_by_stars_as_the_stretch_shows_them(monkeypatch, kind, certain):
+    widths, paint = [], getattr(gs, kind)
+    monkeypatch.setattr(gs, kind, lambda rng, size, fwhm, *place: widths.append(fwhm) or paint(rng, size, fwhm, *place))
+    monkeypatch.setattr(gs, certain, 1)
+    monkeypatch.setattr(gs, "STARLESS_CHANCE", 0)
+    for midtones in (0.25, 0.0006):
+        monkeypatch.setattr(gs, "MIDTONES", gs.Range(midtones, midtones, True))
+        make(1, 3)
+    assert widths[1] > 1.5 * widths[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
