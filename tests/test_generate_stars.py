@@ -543,6 +543,16 @@ def test_burnt_out_galaxies_without_arms_fade_gently(monkeypatch):
     assert max(np.hypot(*np.gradient(shown)).max() for shown in burnt) * 2.0 < 0.5
 
 
+def test_bright_bulges_of_spirals_fade_more_gently_than_a_star_in_its_glow(monkeypatch):
+    """A FWHM from the middle, three quarters of the light are left; of a Gaussian star it is a sixteenth."""
+    monkeypatch.setattr(gs, "BULGE", gs.Range(3.0, 5.0))
+    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
+    y, x = np.indices((128, 128), dtype=np.float32) - 64
+    for seed in range(8):
+        light = gs.spiral(np.random.default_rng(seed), np.hypot(x, y) + 0.5, np.arctan2(y, x), 12.0, 3.0).mean(axis=-1)
+        assert light[64, [61, 67]].min() > 0.75 * light[64, 64]
+
+
 @pytest.mark.parametrize("paint", [gs.blobs, lambda *args: gs.planetary(*args, (90, 140))], ids=["knots", "planetary"])
 def test_small_nebulae_are_no_sharper_than_the_stars(paint):
     """Nowhere does their light bend more, for its height, than in the middle of a star, a Gaussian of the same FWHM."""
