@@ -4,8 +4,7 @@
 
 An error is light that was left, averaged over 21 x 21 pixels (stars), or light that was taken and should have stayed,
 over 41 x 41 (galaxies and nebulae). The pairs whose error reaches --least are listed, the worst first. With --save-dir
-their windows become pairs in DIR/left and DIR/taken, the worst x0.png. A network that trains on many of them learns the
-tails of GenerateStars.py: fresh pairs gain, photographs lose (measured).
+their windows become pairs in DIR/left and DIR/taken, the worst x0.png.
 """
 
 import argparse
@@ -28,11 +27,9 @@ SIDES = {"left": 21, "taken": 41}
 def worst_place(starless, truth):
     """(kind, error, x, y) of the largest error of a starless image against the truth."""
     light = (starless - truth).mean(axis=2)
-    maps = {
-        "left": cv2.blur(light.clip(0), (SIDES["left"],) * 2),
-        "taken": cv2.blur((-light).clip(0), (SIDES["taken"],) * 2),
-    }
-    kind = max(maps, key=lambda name: maps[name].max())
+    parts = {"left": light.clip(0), "taken": (-light).clip(0)}
+    maps = {kind: cv2.blur(part, (SIDES[kind],) * 2) for kind, part in parts.items()}
+    kind = max(maps, key=lambda kind: maps[kind].max())
     y, x = np.unravel_index(maps[kind].argmax(), light.shape)
     return kind, float(maps[kind][y, x]), int(x), int(y)
 
