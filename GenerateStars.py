@@ -179,6 +179,7 @@ CORRELATION_CHANCE, CORRELATION = 0.65, Range(0.4, 1.0)  # debayering and resamp
 CHROMA = Range(0.0, 1.0)  # 0: the same noise in all channels, 1: independent
 BANDING_CHANCE, BANDING = 0.08, Range(0.05, 0.4)  # row or column noise over pixel noise
 HOT_PIXEL_CHANCE, HOT_PIXELS = 0.06, Range(3, 60, True)  # left in both pictures, per megapixel
+FLOODED = 0.3  # most that stars lift the median pixel on the display: nobody stretches a picture until it is white
 GLOW_CHANCE = 0.85  # share of pictures whose stars raise their own photon noise
 
 # Processing applied to both pictures alike.
@@ -1221,6 +1222,10 @@ def expose(rng, sky, places, optics, stretch, color, noise, share):
     darkest = 0.0 if screen else np.percentile(linear[::4, ::4], 2)
     threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
     light = render(stars, colors, optics, shape, threshold)
+    few, bare = light[::4, ::4], linear[::4, ::4]
+    while few.any() and np.median(forward((bare + few).clip(0, 1)) - forward(bare)) > FLOODED:
+        for part in (light, stars["flux"]):  # few is a view of light
+            part *= 0.5
 
     sigma = noise / gain
     photon = PHOTON_SHARE(rng)

@@ -441,7 +441,7 @@ def sample(picture, count=2**17):
 
 
 def fit_stretch(picture, shadows, target, linked):
-    """The stretch of a linear picture whose display values have the mean target in each channel.
+    """The stretch of a linear picture whose display values have the mean target in each channel, or more: none darkens.
 
     shadows: black point in standard deviations of the sky from the median, negative only where pixels are: the sky
     that is left when its level was subtracted. That of the whole histogram would be one of the stars, and clip half of
@@ -456,7 +456,10 @@ def fit_stretch(picture, shadows, target, linked):
     lowest = np.quantile(values, 0.001, axis=0).clip(max=0)  # not the minimum: one odd pixel says nothing
     black = np.maximum(lowest, np.median(values, axis=0) + shadows * deviation)
     black = np.where(black < values.max(axis=0), black, 0)  # of a constant picture nothing would be left
-    low, high = np.full_like(black, -20), np.full_like(black, -1e-6)  # log2 of the midtones; the mean falls with them
+    low, high = (
+        np.full_like(black, -20),
+        np.full_like(black, -1),
+    )  # log2 of the midtones; the mean falls with them
     for _ in range(40):
         middle = (low + high) / 2
         too_dark = Stretch(black, 2**middle).forward(values).mean(axis=0) < target

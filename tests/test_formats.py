@@ -512,6 +512,12 @@ def test_the_black_point_is_negative_only_where_the_sky_is(level):
     assert np.all(stretch.shadows < 0) if level else np.all(stretch.shadows == 0)
 
 
+def test_the_stretch_never_darkens_even_where_most_of_a_channel_is_white():
+    frame = np.random.default_rng(0).uniform(0.1, 1.4, (64, 64, 3)).clip(max=1)
+    stretch = nox.fit_stretch(nox.Picture(frame), -2.8, 0.1875, False)
+    assert (stretch.forward(frame) >= frame - stretch.shadows - 1e-6).all()
+
+
 def test_a_sky_without_its_level_loses_light_below_zero_too(subtract):
     frame = linear_frame() - np.float32([0.012, 0.022, 0.032])
     tifffile.imwrite("in.tif", frame, photometric="rgb")

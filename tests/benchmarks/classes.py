@@ -4,8 +4,9 @@
 
 A class is GenerateStars.py with some of its ranges narrowed, on painted skies. Magnitudes count from a star whose middle
 is just saturated: above 0 is fainter. A star is found when less than half of its light is left in the 3 x 3 pixels
-around it; those whose light there is below 2/255 are not counted. Linear data, with the level of their sky or with it
-subtracted, go the whole way of nox.py infer, and are compared under the stretch from which they were made.
+around it; those whose light there is below 2/255 are not counted. Recall is the mean over the pictures that have such
+stars, so that no crowded one outweighs the others. Linear data, with the level of their sky or with it subtracted, go
+the whole way of nox.py infer, and are compared under the stretch from which they were made.
 """
 
 import argparse
@@ -57,14 +58,16 @@ def star_psnr(image, truth, mask):
     return -10 * np.log10(max(float(np.square(image - truth)[mask].mean()), 1e-10))
 
 
-def found(starry, truth, starless, stars):
-    """Table of the stars that count: magnitude, and whether it was found."""
+def recall(starry, truth, starless, stars):
+    """Share of the stars that count which was found, by magnitude; NaN where there is none."""
     column, row = (np.rint(stars[axis].data).astype(int).clip(1, len(truth) - 2) for axis in "xy")
     light, left = (np.abs(image - truth).mean(axis=2) for image in (starry, starless))
     light, left = (sum(part[row + i, column + j] for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9 for part in (light, left))
     middle = stars["flux"].data / (1.13 * stars["fwhm"].data ** 2)  # a Gaussian's, in saturated pixels
     table = pd.DataFrame({"magnitude": -2.5 * np.log10(middle), "found": left < 0.5 * light})
-    return table[light > 2 / 255]
+    table = table[light > 2 / 255]
+    part = pd.cut(table["magnitude"], [*MAGNITUDES.values(), np.inf], labels=list(MAGNITUDES), right=False)
+    return table["found"].groupby(part, observed=False).mean()
 
 
 def measure(ranges, network, values, channels):
@@ -86,10 +89,8 @@ def measure(ranges, network, values, channels):
             whole_way = nox.layers_of(picture, ("starless",), None, None, settings, None, lambda weights: network)
             starless = shown(whole_way["starless"].pixels)
             rows.append([star_psnr(image, truth, mask) for image in (starry, starless)])
-            recalls.append(found(starry, truth, starless, stars))
-    recall = pd.concat(recalls)
-    part = pd.cut(recall["magnitude"], [*MAGNITUDES.values(), np.inf], labels=list(MAGNITUDES), right=False)
-    shares = 100 * recall["found"].groupby(part, observed=False).mean()
+            recalls.append(recall(starry, truth, starless, stars))
+    shares = 100 * pd.concat(recalls, axis=1).mean(axis=1)
     before, after = np.mean(rows, axis=0)
     return {"pairs": len(rows), "before, dB": before, "after, dB": after} | shares.to_dict()
 
