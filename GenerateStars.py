@@ -172,6 +172,7 @@ UNLINKED_CHANCE, UNLINKED = 0.15, Range(0.5, 2.0, True)  # midtones of each chan
 STRETCH_SHARES = {"mtf": 0.55, "asinh": 0.22, "hyperbolic": 0.23}
 LOCAL_INTENSITY = Range(0.6, 5.0, True)  # |b| of the generalised hyperbolic stretch, of either sign
 SYMMETRY_POINT, HIGHLIGHTS = Range(0.0, 1.0), Range(0.3, 1.0)  # SP over 1 / D; HP, above which it is a line
+FLOODED = 0.3  # most that stars lift the median pixel on the display: nobody stretches a picture until it is white
 NOISE = Range(0.0006, 0.1, True)  # standard deviation in display units at the sky's level: single exposures reach 0.1
 NOISELESS_CHANCE = 0.2  # noise reduction went before: smooth but for the rounding
 PHOTON_SHARE = Range(0.0, 1.0)  # part of the variance at the sky's level that grows with the light
@@ -179,7 +180,6 @@ CORRELATION_CHANCE, CORRELATION = 0.65, Range(0.4, 1.0)  # debayering and resamp
 CHROMA = Range(0.0, 1.0)  # 0: the same noise in all channels, 1: independent
 BANDING_CHANCE, BANDING = 0.08, Range(0.05, 0.4)  # row or column noise over pixel noise
 HOT_PIXEL_CHANCE, HOT_PIXELS = 0.06, Range(3, 60, True)  # left in both pictures, per megapixel
-FLOODED = 0.3  # most that stars lift the median pixel on the display: nobody stretches a picture until it is white
 GLOW_CHANCE = 0.85  # share of pictures whose stars raise their own photon noise
 
 # Processing applied to both pictures alike.
@@ -1217,14 +1217,20 @@ def expose(rng, sky, places, optics, stretch, color, noise, share):
     def visible_flux(height):
         return max(float(np.mean(light_over(0.0 if screen else median, height))), 1e-6) / peak
 
+    def with_stars(base, light):
+        """Display values of stars over a linear base, blended as this picture's are."""
+        if screen:
+            return 1 - (1 - forward(base.clip(0, 1))) * (1 - forward(light.clip(0, 1)))
+        return forward((base + light).clip(0, 1))
+
     stars = draw_stars(rng, shape, optics, visible_flux, share, places)
     colors = star_colors(rng, stars["temperature"].data, color)
     darkest = 0.0 if screen else np.percentile(linear[::4, ::4], 2)
     threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
     light = render(stars, colors, optics, shape, threshold)
-    few, bare = light[::4, ::4], linear[::4, ::4]
-    while few.any() and np.median(forward((bare + few).clip(0, 1)) - forward(bare)) > FLOODED:
-        for part in (light, stars["flux"]):  # few is a view of light
+    few, bare = light[::4, ::4], linear[::4, ::4]  # few is a view of light: it falls with it
+    while np.median(with_stars(bare, few) - forward(bare)) > FLOODED:
+        for part in (light, stars["flux"]):
             part *= 0.5
 
     sigma = noise / gain
@@ -1235,10 +1241,8 @@ def expose(rng, sky, places, optics, stretch, color, noise, share):
         light = own_noise(rng, light if color else light[..., :1], electron, median)
     if chance(rng, BLEED_CHANCE):
         bleed(rng, light, stars, peak)
-    dark = forward((linear + grain).clip(0, 1))
-    if screen:
-        return 1 - (1 - dark) * (1 - forward(light.clip(0, 1))), dark, stars
-    return forward((linear + grain + light).clip(0, 1)), dark, stars
+    base = linear + grain
+    return with_stars(base, light), forward(base.clip(0, 1)), stars
 
 
 # --------------------------------------------------------------------------------------------------------------------

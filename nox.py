@@ -456,10 +456,7 @@ def fit_stretch(picture, shadows, target, linked):
     lowest = np.quantile(values, 0.001, axis=0).clip(max=0)  # not the minimum: one odd pixel says nothing
     black = np.maximum(lowest, np.median(values, axis=0) + shadows * deviation)
     black = np.where(black < values.max(axis=0), black, 0)  # of a constant picture nothing would be left
-    low, high = (
-        np.full_like(black, -20),
-        np.full_like(black, -1),
-    )  # log2 of the midtones; the mean falls with them
+    low, high = np.full_like(black, -20), np.full_like(black, -1)  # log2 of the midtones; the mean falls with them
     for _ in range(40):
         middle = (low + high) / 2
         too_dark = Stretch(black, 2**middle).forward(values).mean(axis=0) < target
