@@ -1683,7 +1683,7 @@ def test_an_epoch_on_another_backend(backend, data, folder):
 @pytest.mark.parametrize("backend", ["torch", "jax", "openvino"])
 def test_another_backend_gives_the_same_picture(backend, folder):
     pytest.importorskip(backend)
-    crop = read(ROOT / "nox data" / "x3.png")[:150, :200].astype(np.uint16) * 257
+    crop = read(ROOT / "nox data" / "x4.png")[:150, :200].astype(np.uint16) * 257
     source, flags = write("in.png", crop), ["--patch-size", 128, "--stride", 96]
     result = shell("infer", source, *flags, "-o", "other.png", KERAS_BACKEND=backend, timeout=600)
     assert result.returncode == 0, result.stderr
