@@ -97,7 +97,7 @@ class Training:
     warmup: int = setting(200, "steps over which the learning rate rises from nothing")
     l1_weight: float = setting(1.0, "weight of the absolute error, relative to that of changing nothing")
     star_weight: float = setting(
-        5.0, "how much more star pixels count in it, faint ones the most; knots and galaxies half as much"
+        5.0, "how much more star pixels count in it, faint ones the most; knots and galaxies a third"
     )
     texture_weight: float = setting(
         0.0, "weight of the error of the grain where stars were; 0.3 keeps plugs from being smooth"
@@ -1468,8 +1468,8 @@ def relative_l1(starry, truth, starless, star_weight):
 
     Star pixels weigh more, those of faint light the most: light is how much the stars add, 0.02 of it makes a full star
     pixel, and the quotient makes faint light weigh 3 times light of half the range. Knots and galaxies, which would be
-    given up for the stars that look like them, weigh half as much, by how far they stand out of their surroundings: at
-    the full weight stars that look like galaxies stayed (measured). All other pixels weigh 1 and hold the background
+    given up for the stars that look like them, weigh a third as much, by how far they stand out of their surroundings:
+    at the full weight stars that look like galaxies stayed (measured). All other pixels weigh 1 and hold the background
     where it is. The ratio lets crowded and nearly empty pictures count alike: by their plain errors a few crowded ones
     threw the training off (measured). 0.005 is the error that counts as much in a picture without stars as doing
     nothing elsewhere.
@@ -1478,7 +1478,7 @@ def relative_l1(starry, truth, starless, star_weight):
     stars, knots = ops.abs(starry - truth), ops.relu(ops.abs(near - wide) - 0.02)  # noise seldom comes that far
     stars, knots = (ops.max(light, axis=-1, keepdims=True) for light in (stars, knots))
     stars, knots = (ops.clip(light / 0.02, 0, 1) * 0.3 / (0.1 + light) for light in (stars, knots))
-    weight = 1 + star_weight * (stars + knots / 2)
+    weight = 1 + star_weight * (stars + knots / 3)
     error, before = (ops.mean(weight * ops.abs(image - truth), axis=(1, 2, 3)) for image in (starless, starry))
     return ops.mean(error / (before + 0.005))
 

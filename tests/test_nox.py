@@ -583,7 +583,7 @@ def test_relative_l1():
     for place in np.ndindex(2, 8, 8):
         stars, knot = np.abs(starry[place] - truth[place]).max(), max(knots[place].max(), 0)
         stars, knot = (min(light / 0.02, 1) * 0.3 / (0.1 + light) for light in (stars, knot))
-        weight = 1 + 5 * (stars + knot / 2)
+        weight = 1 + 5 * (stars + knot / 3)
         error[place[0]] += weight * np.abs(starless[place] - truth[place]).sum() / 192
         before[place[0]] += weight * np.abs(starry[place] - truth[place]).sum() / 192
     expected = np.mean(error / (before + 0.005))
