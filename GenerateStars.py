@@ -155,6 +155,7 @@ REFLECTION_COUNT = {0: 0.7, 1: 0.2, 2: 0.1}  # filters, window and sensor reflec
 REFLECTION_LIGHT, REFLECTION_RADIUS = Range(0.003, 0.05, True), Range(10, 60, True)  # over the star's; pixels
 RIM_CHANCE, RIM = 0.5, Range(0.3, 6.0, True)  # light of a disc's rim over its middle's, less 1
 RIM_WIDTH = Range(0.03, 0.15, True)  # over the disc's radius
+RIM_SIDE = Range(0.0, 1.0)  # how much brighter the rim is on the side to which the disc is shifted, and darker opposite
 HOLE_CHANCE = 0.5  # shadow of the secondary mirror over the disc
 REFLECTION_TINT = Range(0.1, 1.0)  # of each channel: coatings and filters reflect one colour most
 
@@ -199,8 +200,8 @@ EMPTY_SKY_CHANCE = 0.25  # no nebula at all: a gradient and noise
 GALAXY_CHANCE, GALAXY_FIELD_CHANCE, GALAXY_CLUSTER_CHANCE = 0.30, 0.28, 0.17
 SPIRAL_CHANCE = 0.5  # of large galaxies; the others are ellipticals
 KNOT_CHANCE, COMET_CHANCE, GLOBULAR_CHANCE = 0.30, 0.03, 0.05
-LIT_CHANCE = 0.5  # a bright star stands where a nebula is lit from, or in the middle of a planetary one
-BRIGHTER = 8  # it is one of so many of the brightest
+LIT_CHANCE = 0.5  # a bright star stands where a nebula is lit from, a faint one in the middle of a planetary one
+BRIGHTER = 8  # it is one of so many of the brightest, or none of them: a ring round a burnt-out star is a reflection
 LIT_REACH = Range(0.08, 1.0, True)  # radius within which it lights the gas, over the frame: a reflection nebula, a sky
 PLANETARY_CHANCE, PLANETARY_RADIUS, PLANETARY_LIGHT = 0.12, Range(0.015, 0.4, True), Range(0.15, 6.0, True)
 PLANETARY_LEAST = 4  # FWHM of its least radius: what is smaller cannot be told from a burnt-out star
@@ -599,8 +600,8 @@ def comet(rng, size, fwhm):
 
 
 def painted_sky(rng, size, fwhm, burnt):
-    """A star-free deep-sky picture from noise alone, display values, shape (size, size, 3), and the places (x, y) of
-    the stars that light its nebulae.
+    """A star-free deep-sky picture from noise alone, display values, shape (size, size, 3), and the places of the stars
+    that light its nebulae: x, y, and whether it is a bright one.
 
     fwhm: of stars, for what is not bright in the middle; burnt: for what may be burnt out.
     """
@@ -610,8 +611,8 @@ def painted_sky(rng, size, fwhm, burnt):
         light = tinted(rng.uniform(0, 0.6) * glow, PALETTE[rng.choice(list(PALETTE))])
         for name in rng.choice(list(PALETTE), rng.integers(1, 4), replace=False):
             color = PALETTE[name] * rng.uniform(0.7, 1.3, 3)
-            places.append(size * rng.uniform(-0.2, 1.2, 2))
-            light += tinted(rng.uniform(0.3, 1) * cloud(rng, size, places[-1]), color)
+            places.append((*size * rng.uniform(-0.2, 1.2, 2), True))
+            light += tinted(rng.uniform(0.3, 1) * cloud(rng, size, places[-1][:2]), color)
         image = image + NEBULA_PEAK(rng) * light / np.percentile(light[::4, ::4], 99.5).clip(1e-3)
         if chance(rng, 0.6):
             image = absorb(rng, image)
@@ -624,8 +625,8 @@ def painted_sky(rng, size, fwhm, burnt):
     if chance(rng, GLOBULAR_CHANCE):
         image = image + globular(rng, size, fwhm)
     if chance(rng, PLANETARY_CHANCE):
-        places.append(size * rng.uniform(0.05, 0.95, 2))
-        image = image + planetary(rng, size, burnt, places[-1])
+        places.append((*size * rng.uniform(0.05, 0.95, 2), False))
+        image = image + planetary(rng, size, burnt, places[-1][:2])
     if chance(rng, COMET_CHANCE):
         image = image + comet(rng, size, fwhm)
     image = 1 - np.exp(-image.clip(0))  # a shoulder: nothing of it is cut off at white
@@ -725,6 +726,7 @@ def draw_reflection(rng, color):
         "offset": rng.normal(0, 8, 2),
         "rim": RIM(rng) * chance(rng, RIM_CHANCE),
         "rim_width": RIM_WIDTH(rng),
+        "rim_side": RIM_SIDE(rng),
         "hole": OBSTRUCTION(rng) * chance(rng, HOLE_CHANCE),
         "tint": tint / tint.mean(),
     }
@@ -854,16 +856,19 @@ def draw_stars(rng, shape, optics, visible_flux, share=1.0, places=()):
 
     share: of all stars but giants and beacons, which is left; 0 leaves none at all. visible_flux(d) is the flux of a
     star that stands d over the sky once stretched. Stars up to a margin outside the frame are drawn too: their halos
-    reach in. In each of the places (x, y) that lies within it stands one of the brighter stars.
+    reach in. In each of the places (x, y, bright) that lies within it stands one of the brightest or of the other stars.
     """
     (height, width), tables = shape, []
     for name, population in POPULATIONS.items():
         left = chance(rng, population.chance) * (np.sign(share) if name in ("giants", "beacons") else share)
         tables.append(draw_population(rng, name, left, shape, optics, visible_flux))
     stars = vstack(tables)
-    brighter = rng.permutation(np.argsort(-stars["flux"].data)[: BRIGHTER * len(places)])
-    for star, (x, y) in zip(brighter, places):
-        if abs(x - width / 2) < width / 2 and abs(y - height / 2) < height / 2:
+    order = np.argsort(-stars["flux"].data)
+    bright, faint = (list(rng.permutation(part)) for part in np.split(order, [BRIGHTER * len(places)]))
+    for x, y, lit in places:
+        left = bright if lit else faint
+        if left and abs(x - width / 2) < width / 2 and abs(y - height / 2) < height / 2:
+            star = left.pop()
             stars["x"][star], stars["y"][star] = x, y
     edge = [2 * stars["x"].data / width - 1, 2 * stars["y"].data / height - 1]
     stars["fwhm"] *= 1 + optics.seeing @ edge
@@ -986,11 +991,16 @@ def far_light(optics, dx, dy):
 
 
 def reflection_light(reflection, dx, dy):
-    """Reflection disc of a star of flux 1, shape (h, w, 3): an image of the pupil far out of focus, its rim brighter."""
+    """Reflection disc of a star of flux 1, shape (h, w, 3): an image of the pupil far out of focus, its rim brighter,
+    on one side the most.
+    """
     size, offset = reflection["radius"], reflection["offset"]
-    radius = np.hypot(dx - offset[0], dy - offset[1])
+    x, y = dx - offset[0], dy - offset[1]
+    radius = np.hypot(x, y)
     inside = lambda edge: 0.5 * (1 - np.tanh((radius - edge) / 1.5))  # noqa: E731
+    along = (x * offset[0] + y * offset[1]) / np.maximum(radius * np.hypot(*offset), 1e-6)  # cosine
     rim = reflection["rim"] * np.exp(-(((radius - size) / (reflection["rim_width"] * size)) ** 2))
+    rim = rim * (1 + reflection["rim_side"] * along)
     disc = inside(size) * (1 + rim)
     if reflection["hole"]:
         disc = disc - inside(reflection["hole"] * size)
@@ -1199,7 +1209,7 @@ def bleed(rng, light, stars, peak):
 def expose(rng, sky, places, optics, stretch, color, noise, share):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table.
 
-    Stars stand in the places (x, y), if there are any; stretch as of draw_stretch; noise is its standard deviation in
+    Stars stand in the places (x, y, bright), if there are any; stretch as of draw_stretch; noise is its standard deviation in
     display units at the sky's level, share as for draw_stars.
     """
     shape = sky.shape[:2]

@@ -215,8 +215,8 @@ FAR = np.mgrid[-70:71, -70:71].astype(np.float32)[::-1]  # dx, dy
 
 
 def reflection(**changes):
-    plain = {"light": 0.02, "radius": 40.0, "offset": (0.0, 0.0), "rim": 0.0, "rim_width": 0.1, "hole": 0.0}
-    return {**plain, "tint": np.ones(3), **changes}
+    plain = {"light": 0.02, "radius": 40.0, "offset": (0.0, 0.0), "hole": 0.0, "tint": np.ones(3)}
+    return {**plain, "rim": 0.0, "rim_width": 0.1, "rim_side": 0.0, **changes}
 
 
 def test_reflection_with_a_hole_is_drawn_without_a_halo():
@@ -238,6 +238,13 @@ def test_a_narrow_rim_leaves_the_disc_inside_it_as_it_was():
     rimmed, plain = (gs.far_light(plain_optics(reflections=[reflection(rim=rim, rim_width=0.03)]), *FAR)[70, 70:, 1] for rim in (4.0, 0.0))  # fmt: skip
     np.testing.assert_allclose(rimmed[:36], plain[:36], rtol=0.01)
     assert rimmed[40] > 4 * plain[40]
+
+
+def test_a_rim_is_brightest_on_the_side_to_which_the_disc_is_shifted():
+    disc = reflection(offset=(6.0, 0.0), rim=500.0, rim_side=0.5)
+    light = gs.far_light(plain_optics(reflections=[disc]), *FAR)[..., 1]
+    across, along, against = light[70 + 38, 76], light[70, 76 + 38], light[70, 76 - 38]
+    assert (along / across, against / across) == pytest.approx((1.5, 0.5), rel=0.01)
 
 
 @pytest.mark.parametrize("rim, hole", [(0.0, 0.0), (3.0, 0.0), (0.0, 0.4), (3.0, 0.4)])
@@ -483,18 +490,19 @@ def test_stars_of_a_population_are_not_crowded_into_a_glow(fwhm, monkeypatch):
     assert inside.sum() * fwhm**2 / 300**2 == pytest.approx(gs.CONFUSION, rel=0.1)
 
 
-def test_bright_stars_stand_in_the_places_that_light_the_nebulae(monkeypatch):
+@pytest.mark.parametrize("bright", [True, False])
+def test_bright_stars_light_the_nebulae_and_faint_ones_the_planetary_ones(monkeypatch, bright):
     field = dataclasses.replace(gs.POPULATIONS["field"], chance=1.0, density=gs.Range(4000, 5000))
     monkeypatch.setattr(gs, "POPULATIONS", {"field": field})
-    places = [(20.5, 30.0), (150.0, 99.0), (250.0, 30.0)]  # the last lies outside
+    places = [(20.5, 30.0, bright), (150.0, 99.0, bright), (250.0, 30.0, bright)]  # the last lies outside
     for seed in range(5):
         stars = gs.draw_stars(
             np.random.default_rng(seed), (200, 200), plain_optics(), lambda height: height, 1.0, places
         )
-        here = [stars[(stars["x"] == x) & (stars["y"] == y)] for x, y in places]
+        here = [stars[(stars["x"] == x) & (stars["y"] == y)] for x, y, _ in places]
         assert [len(table) for table in here] == [1, 1, 0]
         least = np.sort(stars["flux"])[-3 * gs.BRIGHTER]
-        assert all(table["flux"][0] >= least for table in here[:2])
+        assert all((table["flux"][0] >= least) == bright for table in here[:2])
 
 
 @pytest.mark.parametrize("limit, screen", [(0.3, 0), (0.3, 1), (9.0, 0), (9.0, 1)])
