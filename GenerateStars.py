@@ -856,7 +856,7 @@ def draw_stars(rng, shape, optics, visible_flux, share=1.0, places=()):
 
     share: of all stars but giants and beacons, which is left; 0 leaves none at all. visible_flux(d) is the flux of a
     star that stands d over the sky once stretched. Stars up to a margin outside the frame are drawn too: their halos
-    reach in. In each of the places (x, y, bright) that lies within it stands one of the brightest or of the other stars.
+    reach in. In each of the places (x, y, bright) that lies within it stands one of the brightest stars or another.
     """
     (height, width), tables = shape, []
     for name, population in POPULATIONS.items():
@@ -865,10 +865,10 @@ def draw_stars(rng, shape, optics, visible_flux, share=1.0, places=()):
     stars = vstack(tables)
     order = np.argsort(-stars["flux"].data)
     bright, faint = (list(rng.permutation(part)) for part in np.split(order, [BRIGHTER * len(places)]))
-    for x, y, lit in places:
-        left = bright if lit else faint
-        if left and abs(x - width / 2) < width / 2 and abs(y - height / 2) < height / 2:
-            star = left.pop()
+    for x, y, is_bright in places:
+        candidates = bright if is_bright else faint
+        if candidates and abs(x - width / 2) < width / 2 and abs(y - height / 2) < height / 2:
+            star = candidates.pop()
             stars["x"][star], stars["y"][star] = x, y
     edge = [2 * stars["x"].data / width - 1, 2 * stars["y"].data / height - 1]
     stars["fwhm"] *= 1 + optics.seeing @ edge
@@ -1209,8 +1209,8 @@ def bleed(rng, light, stars, peak):
 def expose(rng, sky, places, optics, stretch, color, noise, share):
     """(starry, starless, stars): both pictures as the camera and the stretch show them, display values, and a table.
 
-    Stars stand in the places (x, y, bright), if there are any; stretch as of draw_stretch; noise is its standard deviation in
-    display units at the sky's level, share as for draw_stars.
+    stretch as of draw_stretch; noise is its standard deviation in display units at the sky's level; places (x, y,
+    bright) and share as for draw_stars.
     """
     shape = sky.shape[:2]
     forward, inverse = stretch
