@@ -1,10 +1,11 @@
-"""How much of the light of bright stars is left.
+"""How much of the light of bright stars, and of crowds that run together, is left.
 
     python tests/benchmarks/giants.py [--pairs 60] [--seed 98] [--size 768] [--weights FILE] [--data DIR]
 
-A giant is a connected area of at least 150 pixels on which the stars add 50 levels of 255 or more. The table counts, by
-that area, the giants of which more than 30% and more than 50% of the light was left. Makes the pairs with
-GenerateStars.py (painted skies) in a temporary folder unless --data names a folder of pairs.
+A giant is a connected area of at least 150 pixels, on ground darker than 100 levels of 255, to which stars add 50 levels
+or more: one star, or several that touch. The table counts, by that area, the giants of which more than 30% and more
+than 50% of the light was left. Makes the pairs with GenerateStars.py (painted skies) in a temporary folder unless --data
+names a folder of pairs.
 """
 
 import argparse
