@@ -1772,13 +1772,18 @@ def load_generator(path):
 def start_from(generator, architecture, path):
     """Set a generator's weights from a file; colour weights start a grayscale one as if it saw R = G = B.
 
-    A nox of more levels goes on from one of fewer: what the coarser levels find counts for nothing at first.
+    A nox of more levels goes on from one of fewer: what the coarser levels find counts for nothing at first. One of
+    several times the width goes on from a narrower one, see widened.
     """
     source, found = load_generator(path)
-    levels = max(found.levels, architecture.levels) if found.network == "nox" else found.levels
-    fitting = dataclasses.replace(found, n_channels=architecture.n_channels, levels=levels)
+    same = found.network == architecture.network == "nox"
+    levels = max(found.levels, architecture.levels) if same else found.levels
+    width = architecture.width if same and architecture.width % found.width == 0 else found.width
+    fitting = dataclasses.replace(found, n_channels=architecture.n_channels, levels=levels, width=width)
     if fitting != architecture:
         raise BadInput(f"{path}: holds another network; start from it with {fitting.flags}")
+    if width > found.width:
+        source = widened(source, dataclasses.replace(found, width=width))
     known = {layer.name for layer in source.layers}
     shared = (layer for layer in generator.layers if layer.name in known or not layer.name.startswith(("down", "up")))
     same = [variable for layer in shared for variable in layer.weights]
@@ -1792,6 +1797,32 @@ def start_from(generator, architecture, path):
     if levels > found.levels:
         kernel = generator.get_layer(f"up{found.levels - 1}_doubled").kernel
         kernel.assign(ops.zeros_like(kernel))
+
+
+def widened(source, architecture):
+    """A nox of the architecture, of several times the width of the source, that gives the source's answers.
+
+    Net2Net (Chen et al. 2016, arXiv:1511.05641): every channel is repeated, and what hears it shares its weights out
+    among the copies, unevenly, so that they come to differ. The hidden channels of a residual block are heard by one
+    convolution alone: in place of copies come new ones, to which it does not listen at first.
+    """
+    generator, rng = build_generator(architecture), np.random.default_rng(0)
+    for narrow, layer in zip(source.layers, generator.layers, strict=True):
+        hears, speaks = (3, 2) if isinstance(layer, layers.Conv2DTranspose) else (2, 3)  # axes of a kernel
+        for values, variable in zip(narrow.get_weights(), layer.weights, strict=True):
+            axis = speaks if values.ndim == 4 else 0
+            said = [values] * (variable.shape[axis] // values.shape[axis])
+            if layer.name.endswith("_found"):
+                fresh = np.split(ops.convert_to_numpy(variable), len(said), axis=axis)[1:]
+                said[1:] = [part[:, :, : values.shape[hears]] if values.ndim == 4 else part for part in fresh]
+            values = np.concatenate(said, axis=axis)
+            if values.ndim == 4:
+                shares = rng.uniform(0.5, 1.5, (variable.shape[hears] // values.shape[hears], *values.shape))
+                if layer.name.endswith("_added"):
+                    shares[1:] = 0
+                values = np.concatenate(shares / shares.sum(axis=0) * values, axis=hears)
+            variable.assign(values)
+    return generator
 
 
 def fold_channels(weights, shapes):

@@ -1189,6 +1189,20 @@ def test_a_network_of_more_levels_goes_on_from_one_of_fewer(channels, data, fold
     assert np.std(gates[1]) > 0.02
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_of_twice_the_width_goes_on_from_the_narrower_one(channels, tmp_path):
+    narrow, wide = (nox.Architecture(width=width, levels=3, n_channels=channels) for width in (4, 8))
+    nox.save_weights(randomized(nox.build_generator(narrow), 0.1), narrow, tmp_path / "narrow.h5")
+    began, became = (nox.build_generator(architecture) for architecture in (narrow, wide))
+    for generator, architecture in (began, narrow), (became, wide):
+        nox.start_from(generator, architecture, tmp_path / "narrow.h5")
+    x = batch(1, 32, 32, channels)
+    np.testing.assert_allclose(became(x), began(x), atol=1e-5)
+    assert np.std(np.array(began(x)) - x) > 0.01  # which is not to leave everything as it was
+    halves = np.split(became.get_layer("up0_found").kernel, 2, axis=2)
+    assert np.abs(halves[0] - halves[1]).max() > 0.01  # alike, they would stay so in training
+
+
 def test_a_network_of_fewer_levels_cannot_go_on_from_one_of_more(data, folder):
     deep = nox.Architecture(width=4, levels=4)
     nox.save_weights(nox.build_generator(deep), deep, "deep.h5")
