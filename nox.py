@@ -145,6 +145,9 @@ class Inference:
     )
     target: float = setting(0.1875, "mean of the stretched picture")
     upsample: bool = setting(False, "show the network the picture at twice its size: for stars below 2 pixels")
+    second_look: bool = setting(
+        True, "show the network giant stars at a third of their size, too: it takes more of them"
+    )
     strength: float = setting(1.0, "share of the stars' light that is taken, 0..1")
     depth: str = setting("keep", "depth of what is written", choices=("keep", "8", "16", "32f"))
     star_mode: str = setting(
@@ -2386,8 +2389,11 @@ def starlight(picture, stretch, settings, title, load):
 
 
 def whole_starlight(picture, settings, load):
-    """All that starlight gives for a picture that is not linear, in one image."""
-    return np.concatenate([light for _, light in starlight(picture, None, settings, None, load)])
+    """All the light that both looks take from a picture that is not linear, in one image."""
+    light = np.zeros(picture.pixels.shape, np.float32)
+    for rows, part in both_looks(picture, None, settings, None, load):
+        light[rows] += part
+    return np.minimum(light, picture.image())
 
 
 SIGNIFICANCE = 4  # standard deviations: then all frames of tests/benchmarks/noise.py come back as they were
@@ -2434,6 +2440,103 @@ def drop_islands(light, picture, stretch, rows):
     if rows.stop < len(picture.pixels):
         stays[islands[-1]] = True
     light[~stays[islands]] = 0
+
+
+SHRINK = 3  # how many times smaller the second look sees a giant: 2, 4, 6 and several of them took less (pairs)
+GIANT = 0.5, 225 / 255  # light taken and brightness, above which is the core of one
+DIFFUSE = 1.5  # pixels of the small picture, sigma: its stars are smoothed away, the glow that is left of giants is not
+OBJECT = 0.35  # light above which the second look took no glow, but a galaxy or a planetary nebula
+
+
+class Squares:
+    """Means over SHRINK x SHRINK pixels of an image that comes in rows; at the end of a side, of what there is."""
+
+    def __init__(self, shape):
+        self.pixels = np.outer(*(np.bincount(np.arange(side) // SHRINK) for side in shape[:2]))[..., None]
+        self.sums = np.zeros((*self.pixels.shape[:2], shape[2]), np.float32)
+
+    def add(self, rows, part):
+        for down, right in np.ndindex(SHRINK, SHRINK):
+            some, first = part[down::SHRINK, right::SHRINK], (rows.start + down) // SHRINK
+            self.sums[first : first + len(some), : some.shape[1]] += some
+
+    def means(self):
+        return self.sums / self.pixels.astype(np.float32)
+
+
+def both_looks(picture, stretch, settings, title, load):
+    """What starlight gives, without noise; then, from the top again, (rows, the light that a second look adds) to it.
+
+    To a wide star the network leaves rings and discs of light, since it sees no further than so many pixels. The first
+    light is not kept, but given away at once: all that the second look needs of it is its means over small squares.
+    """
+    found, first = starlight(picture, stretch, settings, title, load), Squares(picture.pixels.shape)
+    for rows, light in significant(found, picture, stretch) if stretch else found:
+        if settings.second_look:
+            first.add(rows, light)
+        yield rows, light
+    yield from second_look(picture, first.means(), stretch, settings, title, load)
+
+
+def second_look(picture, first, stretch, settings, title, load):
+    """(rows, light) that the network takes from giants in the picture at a third of its size, and did not at its own.
+
+    first: what it took, at that size. Rows without such light are left out: all, without a second inference, where
+    there is no giant.
+    """
+    if first.max() <= GIANT[0]:
+        return
+    small = Squares(picture.pixels.shape)
+    for rows in bands(len(picture.pixels)):
+        small.add(rows, picture.with_pixels(picture.pixels[rows]).image(stretch))
+    image = small.means()
+    cores = opened(np.uint8((first.max(axis=2) > GIANT[0]) & (image.max(axis=2) > GIANT[1])), 1)
+    if not cores.any():
+        return
+    settings, title = dataclasses.replace(settings, upsample=False), title and title + ", second look"
+    second = np.concatenate([light for _, light in starlight(Picture(image), None, settings, title, load)])
+    more = opened(cv2.GaussianBlur(second - first, (0, 0), DIFFUSE).clip(0), 2).reshape(image.shape)
+    more = without_faint(more * around(cores, more.max(axis=2)))
+    for rows, light in enlarged_rows(more, picture.pixels.shape):
+        if picture.alpha is not None:
+            light[picture.alpha[rows] == 0] = 0
+        yield rows, light
+
+
+def disc(radius):
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+
+
+def opened(image, radius):
+    """The image without what is bright and narrower than a disc of that radius."""
+    return cv2.morphologyEx(image, cv2.MORPH_OPEN, disc(radius))
+
+
+def around(cores, light):
+    """Weights, 0..1, of light, shape (height, width): 1 where it hangs together with a giant's core, softly ending.
+
+    Objects of their own, with what is around them, are cut out.
+    """
+    glow = np.uint8(light > 2 / 255)
+    _, _, stats, centres = cv2.connectedComponentsWithStats(np.uint8(light > OBJECT))
+    for centre, area in zip(centres[1:], stats[1:, cv2.CC_STAT_AREA]):
+        cv2.circle(glow, np.rint(centre).astype(int).tolist(), int(3 * math.sqrt(area / math.pi)) + 3, 0, -1)
+    count, parts = cv2.connectedComponents(glow)
+    stays = np.zeros(count, np.float32)
+    stays[parts[cv2.dilate(cores, disc(3)) > 0]] = 1
+    stays[0] = 0  # the background
+    return cv2.GaussianBlur(stays[parts], (0, 0), 1)[..., None]
+
+
+def enlarged_rows(small, shape):
+    """(rows, part) of an image that is SHRINK times as large, cut to the shape; interpolated, without rows of zeros."""
+    for rows in bands(shape[0], rows=21 * SHRINK):
+        first = max(rows.start // SHRINK - 1, 0)  # a row more at each end, for the interpolation
+        part = small[first : math.ceil(rows.stop / SHRINK) + 1]
+        if part.any():
+            large = cv2.resize(part, None, fx=SHRINK, fy=SHRINK, interpolation=cv2.INTER_LINEAR)
+            top = rows.start - SHRINK * first
+            yield rows, large[top : top + rows.stop - rows.start, : shape[1]].reshape(-1, *shape[1:])
 
 
 def star_layer(starry, starless, mode):
@@ -2602,19 +2705,19 @@ def layers_of(picture, kinds, depth, excluded, settings, title, load):
     excluded: what is to stay, an image, or None. title, load: as for starlight.
     """
     stretch, gray = stretch_for(picture, settings), (*picture.pixels.shape[:2], 1)
-    layers = {"starless": picture.with_pixels(np.empty_like(picture.pixels))}
+    layers = {"starless": picture.with_pixels(picture.pixels.copy())}
     if "mask" in kinds:
-        layers["mask"] = Picture(np.empty(gray, np.uint8), metadata=picture.metadata)
-    found = starlight(picture, stretch, settings, title, load)
-    for rows, light in significant(found, picture, stretch) if stretch else found:
+        layers["mask"] = Picture(np.zeros(gray, np.uint8), metadata=picture.metadata)
+    for rows, light in both_looks(picture, stretch, settings, title, load):
         light *= np.float32(settings.strength)
         if excluded is not None:
             light *= 1 - excluded[rows]
         if "stars" in kinds:
             np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
-        layers["starless"].pixels[rows] = picture.without(light, stretch, rows)
+        layers["starless"].pixels[rows] = layers["starless"].without(light, stretch, rows)
         if "mask" in kinds:
-            layers["mask"].pixels[rows] = star_mask(light)
+            mask = layers["mask"].pixels[rows]
+            mask += np.minimum(star_mask(light), 255 - mask)
     if "preview" in kinds:
         layers["preview"] = preview(picture, layers["starless"], stretch)
     if "stars" in kinds:
