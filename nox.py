@@ -2442,10 +2442,8 @@ def drop_islands(light, picture, stretch, rows):
     light[~stays[islands]] = 0
 
 
-SHRINK = 3  # how many times smaller the second look sees a giant: 2, 4, 6 and several of them took less (pairs)
-GIANT = 0.5, 225 / 255  # light taken and brightness, above which is the core of one
-DIFFUSE = 1.5  # pixels of the small picture, sigma: its stars are smoothed away, the glow that is left of giants is not
-OBJECT = 0.35  # light above which the second look took no glow, but a galaxy or a planetary nebula
+SHRINK = 3  # how many times smaller the second look sees a giant; at 2, 4 and 6 it took less of what is left
+GIANT = 0.7, 225 / 255  # light taken, brightness: the core of a giant has more. At 0.5 more pairs became worse
 
 
 class Squares:
@@ -2464,25 +2462,35 @@ class Squares:
         return self.sums / self.pixels.astype(np.float32)
 
 
-def both_looks(picture, stretch, settings, title, load):
-    """What starlight gives, without noise; then, from the top again, (rows, the light that a second look adds) to it.
+def enlarged_rows(small, shape):
+    """(rows, part) of the image whose Squares these are, interpolated; without rows of zeros."""
+    for rows in bands(shape[0], rows=21 * SHRINK):
+        first = max(rows.start // SHRINK - 1, 0)  # a row more at each end, for the interpolation
+        part = small[first : math.ceil(rows.stop / SHRINK) + 1]
+        if part.any():
+            large = cv2.resize(part, None, fx=SHRINK, fy=SHRINK, interpolation=cv2.INTER_LINEAR)
+            start = rows.start - SHRINK * first
+            yield rows, large[start : start + rows.stop - rows.start, : shape[1]].reshape(-1, *shape[1:])
 
-    To a wide star the network leaves rings and discs of light, since it sees no further than so many pixels. The first
-    light is not kept, but given away at once: all that the second look needs of it is its means over small squares.
+
+def both_looks(picture, stretch, settings, title, load):
+    """What starlight gives, less noise; then, from the top again, (rows, the light that a second look takes besides).
+
+    Of a wide star the network leaves rings and discs, since it sees only so many pixels far. The first light is given
+    away at once, not kept: all that the second look needs of it is its means over small squares.
     """
     found, first = starlight(picture, stretch, settings, title, load), Squares(picture.pixels.shape)
     for rows, light in significant(found, picture, stretch) if stretch else found:
-        if settings.second_look:
-            first.add(rows, light)
+        first.add(rows, light)
         yield rows, light
-    yield from second_look(picture, first.means(), stretch, settings, title, load)
+    if settings.second_look:
+        yield from second_look(picture, first.means(), stretch, settings, title, load)
 
 
 def second_look(picture, first, stretch, settings, title, load):
     """(rows, light) that the network takes from giants in the picture at a third of its size, and did not at its own.
 
-    first: what it took, at that size. Rows without such light are left out: all, without a second inference, where
-    there is no giant.
+    first: what it did, at a third. Where there is no giant, there is no second inference.
     """
     if first.max() <= GIANT[0]:
         return
@@ -2490,14 +2498,13 @@ def second_look(picture, first, stretch, settings, title, load):
     for rows in bands(len(picture.pixels)):
         small.add(rows, picture.with_pixels(picture.pixels[rows]).image(stretch))
     image = small.means()
-    cores = opened(np.uint8((first.max(axis=2) > GIANT[0]) & (image.max(axis=2) > GIANT[1])), 1)
+    cores = (first.max(axis=2) > GIANT[0]) & (image.max(axis=2) > GIANT[1])
+    cores = cv2.morphologyEx(cores.astype(np.uint8), cv2.MORPH_OPEN, disc(1))
     if not cores.any():
         return
     settings, title = dataclasses.replace(settings, upsample=False), title and title + ", second look"
     second = np.concatenate([light for _, light in starlight(Picture(image), None, settings, title, load)])
-    more = opened(cv2.GaussianBlur(second - first, (0, 0), DIFFUSE).clip(0), 2).reshape(image.shape)
-    more = without_faint(more * around(cores, more.max(axis=2)))
-    for rows, light in enlarged_rows(more, picture.pixels.shape):
+    for rows, light in enlarged_rows(glow_of(cores, first, second), picture.pixels.shape):
         if picture.alpha is not None:
             light[picture.alpha[rows] == 0] = 0
         yield rows, light
@@ -2507,36 +2514,21 @@ def disc(radius):
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
-def opened(image, radius):
-    """The image without what is bright and narrower than a disc of that radius."""
-    return cv2.morphologyEx(image, cv2.MORPH_OPEN, disc(radius))
+def glow_of(cores, first, second):
+    """The wide light around cores of giants, a mask, that the second look takes and the first one did not.
 
-
-def around(cores, light):
-    """Weights, 0..1, of light, shape (height, width): 1 where it hangs together with a giant's core, softly ending.
-
-    Objects of their own, with what is around them, are cut out.
+    Blurred and opened, it is none of the grain and of small stars. Grey reconstruction (Vincent 1993) then leaves each
+    pixel no more than the faintest on the brightest way to it from a core: a galaxy that stands out of the glow is cut
+    off there, and what does not hang together with a core is 0. To a ring the way leads over what the first look took.
     """
-    glow = np.uint8(light > 2 / 255)
-    _, _, stats, centres = cv2.connectedComponentsWithStats(np.uint8(light > OBJECT))
-    for centre, area in zip(centres[1:], stats[1:, cv2.CC_STAT_AREA]):
-        cv2.circle(glow, np.rint(centre).astype(int).tolist(), int(3 * math.sqrt(area / math.pi)) + 3, 0, -1)
-    count, parts = cv2.connectedComponents(glow)
-    stays = np.zeros(count, np.float32)
-    stays[parts[cv2.dilate(cores, disc(3)) > 0]] = 1
-    stays[0] = 0  # the background
-    return cv2.GaussianBlur(stays[parts], (0, 0), 1)[..., None]
-
-
-def enlarged_rows(small, shape):
-    """(rows, part) of an image that is SHRINK times as large, cut to the shape; interpolated, without rows of zeros."""
-    for rows in bands(shape[0], rows=21 * SHRINK):
-        first = max(rows.start // SHRINK - 1, 0)  # a row more at each end, for the interpolation
-        part = small[first : math.ceil(rows.stop / SHRINK) + 1]
-        if part.any():
-            large = cv2.resize(part, None, fx=SHRINK, fy=SHRINK, interpolation=cv2.INTER_LINEAR)
-            top = rows.start - SHRINK * first
-            yield rows, large[top : top + rows.stop - rows.start, : shape[1]].reshape(-1, *shape[1:])
+    light = cv2.GaussianBlur(second - first, (0, 0), 1.5).clip(0).reshape(first.shape)
+    light = without_faint(cv2.morphologyEx(light, cv2.MORPH_OPEN, disc(2)).reshape(first.shape))
+    strength = light.max(axis=2)
+    ways = np.where(first.max(axis=2) > 0.3, np.float32(1), strength)
+    found, before = ways * cv2.dilate(cores, disc(3)), None
+    while not np.array_equal(found, before):
+        found, before = np.minimum(cv2.dilate(found, np.ones((3, 3), np.uint8)), ways), found
+    return light * (np.minimum(found, strength) / np.maximum(strength, 1e-6))[..., None]
 
 
 def star_layer(starry, starless, mode):
