@@ -2481,10 +2481,10 @@ def both_looks(picture, stretch, settings, title, load):
     """
     found, first = starlight(picture, stretch, settings, title, load), Squares(picture.pixels.shape)
     for rows, light in significant(found, picture, stretch) if stretch else found:
-        first.add(rows, light)
+        first.add(rows, light)  # before the light is given away, and changed
         yield rows, light
-    if settings.second_look:
-        yield from second_look(picture, first.means(), stretch, settings, title, load)
+    if settings.second_look and (taken := first.means()).max() > GIANT[0]:
+        yield from second_look(picture, taken, stretch, settings, title, load)
 
 
 def second_look(picture, first, stretch, settings, title, load):
@@ -2492,8 +2492,6 @@ def second_look(picture, first, stretch, settings, title, load):
 
     first: what it did, at a third. Where there is no giant, there is no second inference.
     """
-    if first.max() <= GIANT[0]:
-        return
     small = Squares(picture.pixels.shape)
     for rows in bands(len(picture.pixels)):
         small.add(rows, picture.with_pixels(picture.pixels[rows]).image(stretch))
