@@ -145,6 +145,9 @@ class Inference:
     )
     target: float = setting(0.1875, "mean of the stretched picture")
     upsample: bool = setting(False, "show the network the picture at twice its size: for stars below 2 pixels")
+    second_look: bool = setting(
+        True, "show the network giant stars at a third of their size, too: it takes more of them"
+    )
     strength: float = setting(1.0, "share of the stars' light that is taken, 0..1")
     depth: str = setting("keep", "depth of what is written", choices=("keep", "8", "16", "32f"))
     star_mode: str = setting(
@@ -2417,8 +2420,11 @@ def starlight(picture, stretch, settings, title, load):
 
 
 def whole_starlight(picture, settings, load):
-    """All that starlight gives for a picture that is not linear, in one image."""
-    return np.concatenate([light for _, light in starlight(picture, None, settings, None, load)])
+    """All the light that both looks take from a picture that is not linear, in one image."""
+    light = np.zeros(picture.pixels.shape, np.float32)
+    for rows, part in both_looks(picture, None, settings, None, load):
+        light[rows] += part
+    return np.minimum(light, picture.image())
 
 
 SIGNIFICANCE = 4  # standard deviations: then all frames of tests/benchmarks/noise.py come back as they were
@@ -2465,6 +2471,93 @@ def drop_islands(light, picture, stretch, rows):
     if rows.stop < len(picture.pixels):
         stays[islands[-1]] = True
     light[~stays[islands]] = 0
+
+
+SHRINK = 3  # how many times smaller the second look sees a giant; at 2, 4 and 6 it took less of what is left
+GIANT = 0.7, 225 / 255  # light taken, brightness: the core of a giant has more. At 0.5 more pairs became worse
+
+
+class Squares:
+    """Means over SHRINK x SHRINK pixels of an image that comes in rows; at the end of a side, of what there is."""
+
+    def __init__(self, shape):
+        self.pixels = np.outer(*(np.bincount(np.arange(side) // SHRINK) for side in shape[:2]))[..., None]
+        self.sums = np.zeros((*self.pixels.shape[:2], shape[2]), np.float32)
+
+    def add(self, rows, part):
+        for down, right in np.ndindex(SHRINK, SHRINK):
+            some, first = part[down::SHRINK, right::SHRINK], (rows.start + down) // SHRINK
+            self.sums[first : first + len(some), : some.shape[1]] += some
+
+    def means(self):
+        return self.sums / self.pixels.astype(np.float32)
+
+
+def enlarged_rows(small, shape):
+    """(rows, part) of the image whose Squares these are, interpolated; without rows of zeros."""
+    for rows in bands(shape[0], rows=21 * SHRINK):
+        first = max(rows.start // SHRINK - 1, 0)  # a row more at each end, for the interpolation
+        part = small[first : math.ceil(rows.stop / SHRINK) + 1]
+        if part.any():
+            large = cv2.resize(part, None, fx=SHRINK, fy=SHRINK, interpolation=cv2.INTER_LINEAR)
+            start = rows.start - SHRINK * first
+            yield rows, large[start : start + rows.stop - rows.start, : shape[1]].reshape(-1, *shape[1:])
+
+
+def both_looks(picture, stretch, settings, title, load):
+    """What starlight gives, less noise; then, from the top again, (rows, the light that a second look takes besides).
+
+    Of a wide star the network leaves rings and discs, since it sees only so many pixels far. The first light is given
+    away at once, not kept: all that the second look needs of it is its means over small squares.
+    """
+    found, first = starlight(picture, stretch, settings, title, load), Squares(picture.pixels.shape)
+    for rows, light in significant(found, picture, stretch) if stretch else found:
+        first.add(rows, light)  # before the light is given away, and changed
+        yield rows, light
+    if settings.second_look and (taken := first.means()).max() > GIANT[0]:
+        yield from second_look(picture, taken, stretch, settings, title, load)
+
+
+def second_look(picture, first, stretch, settings, title, load):
+    """(rows, light) that the network takes from giants in the picture at a third of its size, and did not at its own.
+
+    first: what it did, at a third. Where there is no giant, there is no second inference.
+    """
+    small = Squares(picture.pixels.shape)
+    for rows in bands(len(picture.pixels)):
+        small.add(rows, picture.with_pixels(picture.pixels[rows]).image(stretch))
+    image = small.means()
+    cores = (first.max(axis=2) > GIANT[0]) & (image.max(axis=2) > GIANT[1])
+    cores = cv2.morphologyEx(cores.astype(np.uint8), cv2.MORPH_OPEN, disc(1))
+    if not cores.any():
+        return
+    settings, title = dataclasses.replace(settings, upsample=False), title and title + ", second look"
+    second = np.concatenate([light for _, light in starlight(Picture(image), None, settings, title, load)])
+    for rows, light in enlarged_rows(glow_of(cores, first, second), picture.pixels.shape):
+        if picture.alpha is not None:
+            light[picture.alpha[rows] == 0] = 0
+        yield rows, light
+
+
+def disc(radius):
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+
+
+def glow_of(cores, first, second):
+    """The wide light around cores of giants, a mask, that the second look takes and the first one did not.
+
+    Blurred and opened, it is none of the grain and of small stars. Grey reconstruction (Vincent 1993) then leaves each
+    pixel no more than the faintest on the brightest way to it from a core: a galaxy that stands out of the glow is cut
+    off there, and what does not hang together with a core is 0. To a ring the way leads over what the first look took.
+    """
+    light = cv2.GaussianBlur(second - first, (0, 0), 1.5).clip(0).reshape(first.shape)
+    light = without_faint(cv2.morphologyEx(light, cv2.MORPH_OPEN, disc(2)).reshape(first.shape))
+    strength = light.max(axis=2)
+    ways = np.where(first.max(axis=2) > 0.3, np.float32(1), strength)
+    found, before = ways * cv2.dilate(cores, disc(3)), None
+    while not np.array_equal(found, before):
+        found, before = np.minimum(cv2.dilate(found, np.ones((3, 3), np.uint8)), ways), found
+    return light * (np.minimum(found, strength) / np.maximum(strength, 1e-6))[..., None]
 
 
 def star_layer(starry, starless, mode):
@@ -2633,19 +2726,19 @@ def layers_of(picture, kinds, depth, excluded, settings, title, load):
     excluded: what is to stay, an image, or None. title, load: as for starlight.
     """
     stretch, gray = stretch_for(picture, settings), (*picture.pixels.shape[:2], 1)
-    layers = {"starless": picture.with_pixels(np.empty_like(picture.pixels))}
+    layers = {"starless": picture.with_pixels(picture.pixels.copy())}
     if "mask" in kinds:
-        layers["mask"] = Picture(np.empty(gray, np.uint8), metadata=picture.metadata)
-    found = starlight(picture, stretch, settings, title, load)
-    for rows, light in significant(found, picture, stretch) if stretch else found:
+        layers["mask"] = Picture(np.zeros(gray, np.uint8), metadata=picture.metadata)
+    for rows, light in both_looks(picture, stretch, settings, title, load):
         light *= np.float32(settings.strength)
         if excluded is not None:
             light *= 1 - excluded[rows]
         if "stars" in kinds:
             np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
-        layers["starless"].pixels[rows] = picture.without(light, stretch, rows)
+        layers["starless"].pixels[rows] = layers["starless"].without(light, stretch, rows)
         if "mask" in kinds:
-            layers["mask"].pixels[rows] = star_mask(light)
+            mask = layers["mask"].pixels[rows]
+            mask += np.minimum(star_mask(light), 255 - mask)
     if "preview" in kinds:
         layers["preview"] = preview(picture, layers["starless"], stretch)
     if "stars" in kinds:

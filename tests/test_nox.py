@@ -511,6 +511,131 @@ def test_without_surroundings_to_clone_from_the_networks_grid_is_smoothed_away()
     assert mended[5:-5, 5:-5].std() < 0.2 * starless.std()
 
 
+class ShortSighted:
+    """Stands for a network that takes the more of the light the nearer it is to a core: all there, 12 pixels away none."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def predict_on_batch(self, tiles):
+        self.shapes.append(tiles.shape)
+        return np.stack([self.starless(tile) for tile in tiles])
+
+    def starless(self, tile):
+        away = cv2.distanceTransform(np.uint8(tile.max(axis=2) < 0.9), cv2.DIST_L2, 5)
+        return tile - (1 - (away / 12) ** 2).clip(0, 1)[..., None] * (tile - np.median(tile, axis=(0, 1)))
+
+
+def giant(dtype="uint8", height=240, width=300, channels=3, core=20):
+    """(a picture of a burnt-out star with a wide halo, the distance of each pixel from its middle)."""
+    r = np.hypot(*(np.indices((height, width)) - np.array([110, 140])[:, None, None]))
+    star = np.where(r < core, 1, 0.25 * np.exp(-((r / core / 2) ** 2)))
+    sky = 0.1 + 0.01 * noise(height, width, channels, "float32")
+    pixels = (sky + star[..., None]).clip(0, 1)
+    scale = 1 if dtype.startswith("float") else np.iinfo(dtype).max
+    return nox.Picture(np.rint(pixels * scale).astype(dtype) if scale > 1 else pixels.astype(dtype)), r
+
+
+def looked_at(picture, second_look, kinds=("starless",), excluded=None, **settings):
+    """(what is made of a picture, with or without a second look; the shapes that the network was given)."""
+    network, architecture = ShortSighted(), nox.Architecture(width=4, levels=2, n_channels=picture.pixels.shape[2])
+    settings = nox.Inference(second_look=second_look, **settings)
+    layers = nox.layers_of(
+        picture, kinds, picture.pixels.dtype, excluded, settings, None, lambda _: (network, architecture)
+    )
+    return {kind: layer.pixels for kind, layer in layers.items()}, network.shapes
+
+
+def light_left(pixels, dark, picture, near):
+    """Mean light of a part of the picture above that of another, in units of white."""
+    unit = picture.with_pixels(pixels).unit()
+    return unit[near].mean() - unit[dark].mean()
+
+
+@pytest.mark.parametrize("size", [(240, 300), (241, 302)])
+@pytest.mark.parametrize(
+    "dtype, channels, settings",
+    [("uint8", 3, {}), ("uint16", 1, {}), ("float32", 3, {"linear": "yes"}), ("uint8", 1, {"upsample": True})],
+)
+def test_a_second_look_takes_the_light_that_a_giant_leaves(dtype, channels, settings, size):
+    picture, r = giant(dtype, *size, channels)
+    once, twice = (looked_at(picture, second, **settings)[0]["starless"] for second in (False, True))
+    before, after = (light_left(pixels, r > 120, picture, (r > 30) & (r < 45)) for pixels in (once, twice))
+    assert before > 0.04 and abs(after) < 0.6 * before
+    assert (twice <= once).all()
+    assert np.array_equal(twice[r > 80], once[r > 80])  # 20 + 3 * 12, the blur, and a pixel of the small picture
+
+
+def test_where_there_is_no_giant_the_network_looks_once_and_the_bits_are_the_same():
+    for picture in giant(core=4)[0], nox.Picture(noise(50, 60, 3)), giant(height=115, width=150, core=1)[0]:
+        (once, shapes), (twice, same) = (looked_at(picture, second) for second in (False, True))
+        assert shapes == same
+        assert np.array_equal(once["starless"], twice["starless"])
+    assert len(looked_at(giant()[0], True)[1]) == 2
+
+
+def test_a_second_look_leaves_what_is_transparent_or_to_stay():
+    picture, r = giant()
+    apart = np.arange(300) < 140
+    excluded = np.zeros((*r.shape, 1), np.float32)
+    excluded[:, apart] = 1
+    (whole, stays) = (looked_at(picture, True, excluded=mask)[0]["starless"] for mask in (None, excluded))
+    assert np.array_equal(stays[:, apart], picture.pixels[:, apart])
+    assert np.array_equal(stays[:, ~apart], whole[:, ~apart])
+    picture.alpha = np.uint8(255 * ~apart) + np.zeros((240, 1), np.uint8)
+    clear = looked_at(picture, True)[0]["starless"]
+    assert np.array_equal(clear[:, apart], picture.pixels[:, apart])
+
+
+def test_what_a_second_look_takes_is_in_the_stars_and_the_mask():
+    picture, r = giant()
+    kinds = "starless", "stars", "mask"
+    once, twice = (looked_at(picture, second, kinds)[0] for second in (False, True))
+    assert np.array_equal(twice["starless"] + twice["stars"], picture.pixels)
+    assert (twice["mask"] >= once["mask"]).all() and (twice["mask"] > once["mask"])[(r > 35) & (r < 45)].all()
+
+
+def test_a_gray_picture_in_colour_stays_gray_under_a_second_look():
+    picture, _ = giant(channels=1)
+    starless = looked_at(picture.with_pixels(picture.pixels.repeat(3, axis=2)), True)[0]["starless"]
+    assert (starless == starless[..., :1]).all()
+
+
+def test_the_glow_of_a_giant_is_told_from_a_galaxy_in_it_and_from_what_is_apart():
+    r, beside, apart = (np.hypot(*(np.indices((90, 200)) - np.array([[[45]], [[x]]]))) for x in (45, 70, 150))
+    glow = np.float32(0.2 * np.exp(-r / 15))
+    galaxies = np.float32(0.5 * np.exp(-((beside / 5) ** 2)) + 0.5 * np.exp(-((apart / 5) ** 2)))
+    second = (glow + galaxies)[..., None]
+    found = nox.glow_of(np.uint8(r < 5), np.zeros_like(second), second)[..., 0]
+    assert np.abs(found - glow)[(r > 8) & (r < 35) & (beside > 12)].max() < 0.01
+    assert found[beside < 8].max() < 0.1  # 0.5 stand out of 0.04
+    assert not found[apart < 12].any()
+
+
+def test_the_way_to_a_ring_leads_over_what_the_first_look_took():
+    r = np.hypot(*(np.indices((120, 120)) - 60))[..., None]
+    first, ring = np.float32(0.5 * (r < 29)), np.float32(0.1 * ((r > 25) & (r < 40)))
+    found = nox.glow_of(np.uint8(r[..., 0] < 5), first, first + ring)
+    assert found[(r > 30) & (r < 35)].min() > 0.08
+    assert not nox.glow_of(np.uint8(r[..., 0] < 5), np.zeros_like(first), ring).any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (64, 61), (129, 67), (200, 30)])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_an_image_that_comes_in_rows_is_shrunk_and_enlarged_without_seams(size, rows):
+    image = np.random.default_rng(1).random((*size, 3), np.float32)
+    squares = nox.Squares(image.shape)
+    for part in nox.bands(len(image), rows=rows):
+        squares.add(part, image[part])
+    small = squares.means()
+    for y, x in (0, 0), (len(small) - 1, small.shape[1] - 1):
+        np.testing.assert_allclose(small[y, x], image[3 * y : 3 * y + 3, 3 * x : 3 * x + 3].mean((0, 1)), rtol=1e-5)
+    parts = list(nox.enlarged_rows(small, image.shape))
+    assert [part.start for part, _ in parts] == list(range(0, len(image), 63))
+    whole = cv2.resize(small, None, fx=3, fy=3, interpolation=cv2.INTER_LINEAR)[: size[0], : size[1]]
+    np.testing.assert_allclose(np.concatenate([part for _, part in parts]), whole, atol=1e-6)
+
+
 def test_bfloat16_rounds_the_network_but_not_the_picture(folder, weights):
     source = write("in.png", noise(37, 45, 3, "uint16"))
     try:
