@@ -2510,11 +2510,16 @@ def both_looks(picture, stretch, settings, title, load):
     Of a wide star the network leaves rings and discs, since it sees only so many pixels far. The first light is given
     away at once, not kept: all that the second look needs of it is its means over small squares.
     """
-    found, first = starlight(picture, stretch, settings, title, load), Squares(picture.pixels.shape)
-    for rows, light in significant(found, picture, stretch) if stretch else found:
+    found = starlight(picture, stretch, settings, title, load)
+    found = significant(found, picture, stretch) if stretch else found
+    if not settings.second_look:
+        yield from found
+        return
+    first = Squares(picture.pixels.shape)
+    for rows, light in found:
         first.add(rows, light)  # before the light is given away, and changed
         yield rows, light
-    if settings.second_look and (taken := first.means()).max() > GIANT[0]:
+    if (taken := first.means()).max() > GIANT[0]:
         yield from second_look(picture, taken, stretch, settings, title, load)
 
 
