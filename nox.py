@@ -2481,8 +2481,8 @@ class Squares:
     """Means over SHRINK x SHRINK pixels of an image that comes in rows; at the end of a side, of what there is."""
 
     def __init__(self, shape):
-        self.pixels = np.outer(*(np.bincount(np.arange(side) // SHRINK) for side in shape[:2]))[..., None]
-        self.sums = np.zeros((*self.pixels.shape[:2], shape[2]), np.float32)
+        self.counts = [np.bincount(np.arange(side) // SHRINK).astype(np.float32) for side in shape[:2]]
+        self.sums = np.zeros((*map(len, self.counts), shape[2]), np.float32)
 
     def add(self, rows, part):
         for down, right in np.ndindex(SHRINK, SHRINK):
@@ -2490,7 +2490,8 @@ class Squares:
             self.sums[first : first + len(some), : some.shape[1]] += some
 
     def means(self):
-        return self.sums / self.pixels.astype(np.float32)
+        down, right = self.counts
+        return self.sums / (down[:, None, None] * right[:, None])
 
 
 def enlarged_rows(small, shape):
