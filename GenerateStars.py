@@ -171,6 +171,7 @@ SCREEN_CHANCE = 0.25  # stretched stars screen-blended, the original way; else l
 MIDTONES = Range(0.0006, 0.25, True)  # of the midtones transfer function: 0.0006 deep stretch, 0.25 gentle
 UNLINKED_CHANCE, UNLINKED = 0.15, Range(0.5, 2.0, True)  # midtones of each channel over their common value
 STRETCH_SHARES = {"mtf": 0.55, "asinh": 0.22, "hyperbolic": 0.23}
+HEADROOM = Range(1, 1e4, True)  # white over that of one exposure: giants come out as cusps in wide glows, not as discs
 LOCAL_INTENSITY = Range(0.6, 5.0, True)  # |b| of the generalised hyperbolic stretch, of either sign
 SYMMETRY_POINT, HIGHLIGHTS = Range(0.0, 1.0), Range(0.3, 1.0)  # SP over 1 / D; HP, above which it is a line
 FLOODED = 0.3  # most that stars lift the median pixel on the display: nobody stretches a picture until it is white
@@ -1139,7 +1140,7 @@ def hyperbolic_stretch(amount, intensity, symmetry, highlights):
 
 
 def draw_stretch(rng, color):
-    """(forward, inverse) between linear and display values, 0..1 both; each has about the slope of the MTF at black.
+    """(forward, inverse) between linear and display values, 0..1 both; most have about the slope of the MTF at black.
 
     Unlinked ones (of color pictures) work on (..., 3), each channel with its own midtones.
     """
@@ -1150,6 +1151,7 @@ def draw_stretch(rng, color):
     if kind == "mtf":
         return (lambda x: midtones_transfer(x, m)), (lambda y: midtones_transfer(y, 1 - m))
     if kind == "asinh":  # Lupton et al. 2004
+        m = m / np.float32(HEADROOM(rng))
         scale = np.arcsinh(1 / m)
         return (lambda x: np.arcsinh(x / m) / scale), (lambda y: m * np.sinh(y * scale))
     sign, intensity = rng.choice([-1, 1]), LOCAL_INTENSITY(rng)

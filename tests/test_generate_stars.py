@@ -394,6 +394,16 @@ def test_stretches_are_undone_by_their_inverse(kind, unlinked, monkeypatch):
         assert (np.ptp(x, axis=1)[1:-1] > 0).all() == unlinked
 
 
+def test_headroom_leaves_more_magnitudes_between_the_sky_and_white(monkeypatch):
+    monkeypatch.setattr(gs, "STRETCH_SHARES", {"asinh": 1.0})
+    spans = []
+    for headroom in (1.0, 1e4):
+        monkeypatch.setattr(gs, "HEADROOM", gs.Range(headroom, headroom, True))
+        _, inverse = gs.draw_stretch(np.random.default_rng(0), False)
+        spans.append(2.5 * np.log10(inverse(np.float32(1)) / inverse(np.float32(0.1))))
+    assert spans[1] > spans[0] + 3
+
+
 @pytest.mark.parametrize("b", [-2.5, -1.0, 0.8, 4.0])
 def test_hyperbolic_stretch_is_the_integral_of_its_published_slope(b):
     """Its slope is D (1 + b D d)^(-(1 + b) / b) for b > 0 and D (1 - b D d)^(1 / b) for b < 0, d away from SP."""
