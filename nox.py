@@ -1779,9 +1779,9 @@ def start_from(generator, architecture, path):
     several times the width goes on from a narrower one, see widened.
     """
     source, found = load_generator(path)
-    same = found.network == architecture.network == "nox"
-    levels = max(found.levels, architecture.levels) if same else found.levels
-    width = architecture.width if same and architecture.width % found.width == 0 else found.width
+    grows = found.network == architecture.network == "nox"
+    levels = max(found.levels, architecture.levels) if grows else found.levels
+    width = architecture.width if grows and architecture.width % found.width == 0 else found.width
     fitting = dataclasses.replace(found, n_channels=architecture.n_channels, levels=levels, width=width)
     if fitting != architecture:
         raise BadInput(f"{path}: holds another network; start from it with {fitting.flags}")
@@ -2473,7 +2473,7 @@ def drop_islands(light, picture, stretch, rows):
     light[~stays[islands]] = 0
 
 
-SHRINK = 3  # how many times smaller the second look sees a giant; at 2, 4 and 6 it took less of what is left
+SHRINK = 3  # how many times smaller the second look sees a giant
 GIANT = 0.7, 225 / 255  # light taken, brightness: the core of a giant has more. At 0.5 more pairs became worse
 
 
@@ -2555,6 +2555,7 @@ def glow_of(cores, first, second):
     Blurred and opened, it is none of the grain and of small stars. Grey reconstruction (Vincent 1993) then leaves each
     pixel no more than the faintest on the brightest way to it from a core: a galaxy that stands out of the glow is cut
     off there, and what does not hang together with a core is 0. To a ring the way leads over what the first look took.
+    The widths are those that gained most on pairs, in pixels of the small picture.
     """
     light = cv2.GaussianBlur(second - first, (0, 0), 1.5).clip(0).reshape(first.shape)
     light = without_faint(cv2.morphologyEx(light, cv2.MORPH_OPEN, disc(2)).reshape(first.shape))
@@ -2741,6 +2742,7 @@ def layers_of(picture, kinds, depth, excluded, settings, title, load):
             light *= 1 - excluded[rows]
         if "stars" in kinds:
             np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
+        # of what is left so far: rows with giants come a second time
         layers["starless"].pixels[rows] = layers["starless"].without(light, stretch, rows)
         if "mask" in kinds:
             mask = layers["mask"].pixels[rows]
