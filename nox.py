@@ -63,11 +63,6 @@ class Architecture:
         if not self.levels:
             object.__setattr__(self, "levels", {"nox": 6, "starnet": 8}[self.network])
 
-    @classmethod
-    def recorded(cls, values):
-        """That of a weights file or a run; earlier ones also record a growth, which is gone, as 0 unless it was used."""
-        return cls(**{name: value for name, value in values.items() if (name, value) != ("growth", 0)})
-
     @property
     def weights_name(self):
         return weights_name(self.n_channels)
@@ -128,7 +123,9 @@ class Inference:
     patch_size: int = setting(1024, "side of a tile: few tiles, little overlap")
     stride: int = setting(960, "step between tiles; they overlap, feathered, by the difference or a little more")
     batch_size: int = setting(1, "tiles at once; more helps GPUs only")
-    n_channels: int = setting(0, "1 converts a colour picture to gray first; 0 leaves it as it is", choices=(0, 1, 3))
+    n_channels: int = setting(
+        0, "1 turns colour into gray first, 3 gray into colour; 0 leaves the picture as it is", choices=(0, 1, 3)
+    )
     weights: str = setting("", "weights file; by default generator_color.h5 or generator_grayscale.h5 beside nox.py")
     precision: str = setting(
         "float32", "bfloat16 is faster on GPUs and on CPUs with AMX, but rounds bright stars", choices=PRECISIONS
@@ -254,6 +251,8 @@ def check_arguments(parser, values):
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # answers --help and mistakes before Keras takes its seconds to load
 
+if sys.stderr is None:  # closed, or Windows without a console
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's notes on the machine are no concern of the user
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # it warns of every TIFF with alpha
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default on CPUs without AVX-512; 1.5 times faster there
@@ -378,25 +377,34 @@ class Picture:
         less = less.clip(np.minimum(pixels, low), np.maximum(pixels, high))
         return np.where(touched, self.rounded(np.where(touched, less, low)), pixels)
 
-    def in_depth(self, dtype):
-        """The picture in another type of pixels: integers span its black to white, floats keep their values."""
+    def in_depth(self, dtype, from_zero=False):
+        """The picture in another type of pixels: integers span its black to white, floats keep their values.
+
+        from_zero: for a format that cannot say that black is another pixel than 0.
+        """
         new, old = np.dtype(dtype), self.pixels.dtype
-        if new == old:
+        moved = from_zero and self.black != 0
+        if new == old and not moved:
             return self
-        if new.kind == old.kind == "f":
+        if new.kind == old.kind == "f" and not moved:
             return dataclasses.replace(self, pixels=self.pixels.astype(new), alpha=as_type(self.alpha, new))
         white = float(np.iinfo(new).max) if new.kind in "ui" else 1.0
         scaled = np.empty(self.pixels.shape, new)
         for rows in bands(len(scaled)):
-            values = np.nan_to_num(self.unit(rows), posinf=1, neginf=0) * white
-            scaled[rows] = np.rint(values.clip(0, white)) if new.kind in "ui" else values
-        return dataclasses.replace(self, pixels=scaled, alpha=as_type(self.alpha, new), black=0.0, white=white)
+            values = self.unit(rows) * white  # missing integers become NaN, as floats have it
+            integer = np.rint(np.nan_to_num(values, posinf=white, neginf=0).clip(0, white))
+            scaled[rows] = integer if new.kind in "ui" else values
+        alpha = as_type(self.alpha, new)
+        return dataclasses.replace(self, pixels=scaled, alpha=alpha, black=0.0, white=white, blank=None)
 
     def gray(self):
         """The luminance (ITU-R BT.601) of a colour picture, as a picture of one channel."""
         if self.pixels.shape[2] == 1:
             return self
-        return self.with_pixels(self.rounded(self.pixels.astype(np.float64) @ np.array([[0.299], [0.587], [0.114]])))
+        gray = self.rounded(self.pixels.astype(np.float64) @ np.array([[0.299], [0.587], [0.114]]))
+        if self.blank is not None:
+            gray[(self.pixels == self.blank).any(axis=2)] = self.blank
+        return self.with_pixels(gray)
 
 
 def as_type(alpha, dtype):
@@ -566,15 +574,16 @@ def read_png(path, _):
     data = np.fromfile(path, np.uint8)  # cv2.imread cannot open non-ASCII names on Windows
     pixels, metadata = decode(data), {"png": []}
     for name, content in png_chunks(memoryview(data)):
-        if name == b"iCCP":  # name, zero, method, deflated profile
-            metadata["icc"] = zlib.decompress(content[content.index(0) + 2 :])
-        elif name == b"eXIf":
-            metadata["exif"] = content
-        elif name == b"iTXt" and content.startswith(PNG_XMP + b"\0"):
-            deflated, (_, _, text) = content[len(PNG_XMP) + 1], content[len(PNG_XMP) + 3 :].split(b"\0", 2)
-            metadata["xmp"] = zlib.decompress(text) if deflated else text
-        elif name in PNG_KEPT:
-            metadata["png"].append((name, content))
+        with contextlib.suppress(zlib.error, ValueError, IndexError):  # what is damaged is left out
+            if name == b"iCCP":  # name, zero, method, deflated profile
+                metadata["icc"] = zlib.decompress(content[content.index(0) + 2 :])
+            elif name == b"eXIf":
+                metadata["exif"] = content
+            elif name == b"iTXt" and content.startswith(PNG_XMP + b"\0"):
+                deflated, (_, _, text) = content[len(PNG_XMP) + 1], content[len(PNG_XMP) + 3 :].split(b"\0", 2)
+                metadata["xmp"] = zlib.decompress(text) if deflated else text
+            elif name in PNG_KEPT:
+                metadata["png"].append((name, content))
     if data[25] == PNG_GRAY_ALPHA and pixels.ndim == 3 and pixels.shape[2] == 4:
         pixels = pixels[..., 2:]  # OpenCV repeats gray to three channels
     return from_channels(pixels, metadata=metadata)
@@ -615,6 +624,9 @@ def jpeg_segments(data):
     """(marker, content) of each segment of a JPEG file's bytes before the picture itself."""
     position = 2
     while data[position] == 0xFF and data[position + 1] != 0xDA:
+        if data[position + 1] == 0xFF:  # any number of these may stand before a marker
+            position += 1
+            continue
         length = int.from_bytes(data[position + 2 : position + 4], "big")
         yield data[position + 1], bytes(data[position + 4 : position + 2 + length])
         position += 2 + length
@@ -687,7 +699,8 @@ def read_tiff(path, _):
             pixels = None  # LZW and the like: a package of 20 MB, while OpenCV is here
         if pixels is None:
             data = np.fromfile(path, np.uint8)
-            for code, neutral in NEUTRAL.items():
+            positive = {262: 1} if page.photometric == 0 else {}  # it would invert 8 bits of white is zero, but not 16
+            for code, neutral in (NEUTRAL | positive).items():
                 if tag := page.tags.get(code):
                     data[tag.valueoffset : tag.valueoffset + 2] = list(struct.pack(tif.byteorder + "H", neutral))
             pixels = decode(data)
@@ -705,7 +718,7 @@ def read_tiff(path, _):
         }
         picture = from_channels(pixels, metadata=metadata)
         if gray_or_rgb and page.photometric == 0:
-            picture.black, picture.white, native["photometric"] = picture.white, picture.black, 0
+            picture.black, picture.white = picture.white, picture.black
         return picture
 
 
@@ -770,11 +783,15 @@ def exif_for_tiff(exif):
     from PIL import Image
 
     found = Image.Exif()
-    if exif:
-        found.load(exif)
+    try:
+        if exif:
+            found.load(exif)
+        folders = {code: tags for code in EXIF_FOLDERS if (tags := dict(found.get_ifd(code)))}
+    except Exception:  # Pillow has several for bytes that are damaged: then there is nothing to keep
+        return [], {}
     texts = {tag: found[tag] for tag in EXIF_TAGS if tag in found}
     own = [(t, 3, 1, v, True) if isinstance(v, int) else (t, 2, 0, str(v), True) for t, v in texts.items()]
-    return own, {code: tags for code in EXIF_FOLDERS if (tags := dict(found.get_ifd(code)))}
+    return own, folders
 
 
 def add_exif_folders(path, folders):
@@ -816,8 +833,10 @@ def read_fits(path, number):
         header = file[chosen].header.copy()
         bits, scale, zero = header["BITPIX"], header.get("BSCALE", 1), header.get("BZERO", 0)
         scaled = bits > 0 and (scale, zero) not in ((1, 0), (1, OTHER_SIGN[bits]))
-        data = file[chosen].data if not scaled else None
-    if scaled:
+        # of a packed picture astropy turns integers into floats for the sake of BLANK, whatever it is told
+        as_stored = scaled or (bits > 0 and zero == 0 and "BLANK" in header)
+        data = file[chosen].data if not as_stored else None
+    if as_stored:
         with fits.open(path, do_not_scale_image_data=True, **options) as file:
             data = file[chosen].data
     planes = data.reshape(-1, *data.shape[-2:])
@@ -831,7 +850,8 @@ def read_fits(path, number):
         picture.blank = header["BLANK"] + (0 if scaled else round(zero))
     if scaled:
         native |= {"scaling": {"BSCALE": scale, "BZERO": zero}, "type": picture.pixels.dtype}
-        ends = [zero + scale * float(end) for end in (picture.pixels.min(), picture.pixels.max())]
+        known = picture.pixels[picture.pixels != picture.blank]
+        ends = [zero + scale * float(end) for end in ((known.min(), known.max()) if known.size else (0, 1))]
         picture.black, picture.white = -zero / scale, (max(1, *ends) - zero) / scale
     elif picture.pixels.dtype.kind == "i":  # counts, not a range to be filled
         picture.white = brightest(np.where(picture.pixels == picture.blank, 0, picture.pixels))
@@ -853,22 +873,22 @@ def write_fits(picture, path, compress=False):
         if native.get("path"):
             hdus = [*stack.enter_context(fits.open(native["path"], memmap=False))]
             header = hdus[number].header.copy()
-            for key in "CHECKSUM", "DATASUM":  # of the pixels before
+            gone = ["BLANK"] if picture.blank is None else []
+            for key in "CHECKSUM", "DATASUM", *gone:  # of the pixels before
                 header.remove(key, ignore_missing=True)
         if history := picture.metadata.get("history"):
             header.add_history(history)
+        as_stored = "scaling" in native and native["type"] == planes.dtype
         if compress:  # by default lossy for floats, and 32 bits of 64
             lossless = planes.dtype.kind == "f" or planes.dtype.itemsize == 8
             options = {"compression_type": "GZIP_2", "quantize_level": 0} if lossless else {}
-            hdus[number : number + 1] = [fits.PrimaryHDU()] * (number == 0) + [
-                fits.CompImageHDU(planes, header, **options)
-            ]
+            written = fits.CompImageHDU(planes, header, **options)
+            hdus[number : number + 1] = [fits.PrimaryHDU()] * (number == 0) + [written]
         else:
             kind = fits.ImageHDU if number else fits.PrimaryHDU
-            as_stored = "scaling" in native and native["type"] == planes.dtype
-            hdus[number] = kind(planes, header, do_not_scale_image_data=as_stored)
-            if as_stored:
-                hdus[number].header.update(native["scaling"])
+            written = hdus[number] = kind(planes, header, do_not_scale_image_data=as_stored)
+        if as_stored:
+            written.header.update(native["scaling"])
         fits.HDUList(hdus).writeto(path, output_verify="silentfix+ignore")  # cameras write cards against the standard
 
 
@@ -915,6 +935,7 @@ class Format:
     write: Callable
     depths: str  # types of pixels; a picture of another type is turned into the first of them
     alpha: bool = False
+    own: str = ""  # name of the metadata that only it can hold; with them, whatever pixel stood for black
 
     def depth_for(self, dtype, wanted="keep"):
         """The type of pixels written for a picture of a type: the wanted one, or its own if the format has it."""
@@ -925,15 +946,19 @@ class Format:
             raise BadInput(f"this format cannot hold --depth {wanted}")
         return self.depths.split()[0]
 
+    def stored(self, picture, wanted="keep"):
+        """The picture as the format holds it, in the wanted depth."""
+        return picture.in_depth(self.depth_for(picture.pixels.dtype, wanted), self.own not in picture.metadata)
+
 
 INTEGERS = "uint16 uint8 uint32 int8 int16 int32"
-PNG = Format((PNG_SIGNATURE,), read_png, write_png, "uint16 uint8", alpha=True)
-JPEG = Format((b"\xff\xd8\xff",), read_jpeg, write_jpeg, "uint8")
+PNG = Format((PNG_SIGNATURE,), read_png, write_png, "uint16 uint8", alpha=True, own="png")
+JPEG = Format((b"\xff\xd8\xff",), read_jpeg, write_jpeg, "uint8", own="jpeg")
 TIFF_BEGINS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
-TIFF = Format(TIFF_BEGINS, read_tiff, write_tiff, f"float32 {INTEGERS} float16 float64", alpha=True)
-FITS = Format((b"SIMPLE  =",), read_fits, write_fits, f"float32 {INTEGERS} int64 uint64 float64")
+TIFF = Format(TIFF_BEGINS, read_tiff, write_tiff, f"float32 {INTEGERS} float16 float64", alpha=True, own="tiff")
+FITS = Format((b"SIMPLE  =",), read_fits, write_fits, f"float32 {INTEGERS} int64 uint64 float64", own="fits")
 PACKED_FITS = dataclasses.replace(FITS, begins=(), write=functools.partial(write_fits, compress=True))
-XISF = Format((b"XISF0100",), read_xisf, write_xisf, "float32 uint8 uint16 uint32 float64", alpha=True)
+XISF = Format((b"XISF0100",), read_xisf, write_xisf, "float32 uint8 uint16 uint32 float64", alpha=True, own="xisf")
 BMP = Format((b"BM",), read_other, write_bmp, "uint8")
 FORMATS = {".png": PNG, ".jpg": JPEG, ".jpeg": JPEG, ".tif": TIFF, ".tiff": TIFF, ".xisf": XISF, ".bmp": BMP}
 FORMATS |= dict.fromkeys((".fits", ".fit", ".fts"), FITS) | dict.fromkeys((".fits.fz", ".fit.fz", ".fz"), PACKED_FITS)
@@ -972,9 +997,16 @@ def format_of(path):
     return FORMATS[extension]
 
 
+def extension_of(picture):
+    """The extension for a picture whose file has none: of the format that it was read from."""
+    return next((extension for extension, form in FORMATS.items() if form.own in picture.metadata), ".png")
+
+
 def name_parts(path):
     """(stem, extension, HDU number or None) of a picture's name; the extension in lower case and its short form."""
-    match = re.fullmatch(r"(.*?)((?:\.fits?)?\.[^.\[]+)?(?:\[(\d+)\])?", Path(path).name, re.IGNORECASE | re.DOTALL)
+    match = re.fullmatch(
+        r"(.*?)((?:\.fits?)?\.fz|\.[^.\[]+)?(?:\[(\d+)\])?", Path(path).name, re.IGNORECASE | re.DOTALL
+    )
     stem, extension, number = match.groups()
     extension = (extension or "").lower()
     return stem, {".tiff": ".tif", ".jpeg": ".jpg"}.get(extension, extension), number and int(number)
@@ -1001,10 +1033,12 @@ def check_holds(picture, path, depth="keep"):
 
 def write_picture(path, picture, depth="keep"):
     """Write a picture to a file in the format of its name, in that depth or the picture's own if the format has it."""
-    stored = picture.in_depth(check_holds(picture, path, depth))
+    check_holds(picture, path, depth)
+    form = format_of(path)
+    stored = form.stored(picture, depth)
     with replacing(path) as temporary:
         try:
-            format_of(path).write(stored, temporary)
+            form.write(stored, temporary)
         except (BadInput, OSError):
             raise
         except Exception as error:  # each library has its own for what it cannot write
@@ -1738,7 +1772,7 @@ def inspect_weights(path):
             if "nox" in file.attrs:
                 values = json.loads(file.attrs["nox"])
                 run = values.pop("run", "")
-                return Architecture.recorded(values), run
+                return Architecture(**values), run
             kernels = []
             file.visititems(lambda name, item: kernels.append(item.shape) if getattr(item, "ndim", 0) == 4 else None)
             if "layer_names" in file.attrs or "model_weights" in file:  # the original's, or any other legacy Keras file
@@ -2016,11 +2050,11 @@ def set_aside(path):
     print(f"{path} was not written by this run and is kept as {free}")
 
 
-def open_run(folder, architecture, weights=""):
+def open_run(folder, architecture, weights="", seed=None):
     """The record of the run whose checkpoint is in the folder, a new one if there is none.
 
     It has the run's id and architecture and, from its first state on, the learning rate asked for, the weights it
-    started from and the fingerprint of its pairs. Clears the way for the run's files. weights: asked to start from.
+    started from, the seed and the fingerprint of its pairs. Clears the way for the run's files. weights, seed: asked for.
     """
     record = folder / "run.json"
     run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture)}
@@ -2028,12 +2062,14 @@ def open_run(folder, architecture, weights=""):
     if not fresh:
         try:
             run = json.loads(record.read_text())
-            found = Architecture.recorded(run["architecture"])
+            found = Architecture(**run["architecture"])
         except (ValueError, KeyError, TypeError):
             raise BadInput(f"{record}: cannot be read; move {folder} away to begin anew") from None
         if found != architecture:
             raise BadInput(f"{folder}: holds a run with {found.flags}; go on with these, or move the folder away")
-        if weights and weights != run.get("weights", weights):
+        if seed != run.get("seed", seed):  # it has decided which pairs are held back
+            raise BadInput(f"{folder}: holds a run with --seed {run['seed']}; go on with it, or move the folder away")
+        if weights and Path(weights).resolve() != Path(run.get("weights", weights)).resolve():
             start = run["weights"] or "random weights"
             raise BadInput(f"{folder}: holds a run begun from {start}; leave --weights out, or move the folder away")
     output = Path(architecture.weights_name)
@@ -2172,8 +2208,8 @@ def train_within(architecture, settings, devices):
                 "their last epoch; copy the checkpoint of one to the others": max(checkpoint.files(), default=-1),
             }
         )
-    run = open_run(folder, architecture, settings.weights)
-    asked = {"lr": settings.lr, "weights": settings.weights, "pairs": fingerprint(found)}
+    run = open_run(folder, architecture, settings.weights, settings.seed)
+    asked = {"lr": settings.lr, "weights": settings.weights, "seed": settings.seed, "pairs": fingerprint(found)}
     checkpoint.record = run | asked | {"weights": run.get("weights", settings.weights)}
     if run.get("pairs", asked["pairs"]) != asked["pairs"]:
         print(f"{settings.data}: pairs have changed since the last epoch of this run, which goes on with these")
@@ -2621,23 +2657,23 @@ def expand(name):
     found = [Path(name)]
     if found[0].is_dir():
         found = sorted(p for p in Path(name).iterdir() if name_parts(p)[1] in FORMATS and not p.name.startswith("."))
-        stems = {name_parts(p)[0] for p in found}
-        ours = {f"{stem}_{kind}" for stem in stems for kind in ("starless", *OUTPUTS)}
-        found = [p for p in found if name_parts(p)[0] not in ours]
     elif glob.has_magic(name) and not found[0].exists() and name_parts(name)[2] is None:
         found = sorted(map(Path, glob.glob(name)))  # Windows leaves wildcards to the program
     if not found:
         raise BadInput(f"{name}: no pictures there")
-    return found
+    ours = {f"{name_parts(p)[0]}_{kind}" for p in found for kind in HISTORY}
+    return [p for p in found if name_parts(p)[0] not in ours]
 
 
 def destination(place, source, kind, many):
-    """Where something made of a picture goes: into a folder, as <stem>_<kind>, or to the file that is named.
+    """Where something made of a picture goes: into a folder, as <stem>_<kind> (of an HDU [n]
+    as <stem>_<n>_<kind>), or to the file that is named.
 
     A name without an extension gets the picture's, a preview .png. The folder is made if need be.
     """
     path = Path(place)
-    stem, extension, _ = name_parts(source)
+    stem, extension, number = name_parts(source)
+    stem += "" if number is None else f"_{number}"
     extension = ".png" if kind == "preview" else extension
     if many or path.is_dir() or place.endswith(("/", os.sep)):
         try:
@@ -2673,6 +2709,8 @@ def infer(values, settings):
     load = functools.cache(load_generator)
     files = (picture_file(source)[0].resolve() for source in sources)
     reserved = dict.fromkeys(files, "is one of the pictures, which are never overwritten")
+    if values.exclude:
+        reserved.setdefault(Path(values.exclude).resolve(), "is what --exclude names, which is never overwritten")
     for source in sources:
         with telling(failed, many):
             infer_one(source, values, settings, load, many, reserved)
@@ -2701,25 +2739,27 @@ def infer_one(source, values, settings, load, many, reserved):
     with silenced():  # libpng and libjpeg
         original = read_picture(source)
     picture = in_channels(original, settings.n_channels)
-    file, extension = picture_file(source)[0], name_parts(source)[1] or ".png"
+    file, extension = picture_file(source)[0], name_parts(source)[1] or extension_of(original)
     named = values.output or ("." if many else None)
     places = {"starless": named or "starless" + extension} | {kind: getattr(values, kind) for kind in OUTPUTS}
     targets = {kind: destination(place, source, kind, many) for kind, place in places.items() if place}
     copy = Path("starry" + extension)
     if not named:
-        reserved.setdefault(copy.resolve(), "is the copy of the picture")
+        reason = reserved.setdefault(copy.resolve(), "is the copy of the picture")
+        if values.exclude and copy.resolve() == Path(values.exclude).resolve():
+            raise BadInput(f"{copy}: {reason}; name the starless picture with -o")
     for kind, target in targets.items():
         check_target(target, file, values.overwrite or (kind == "starless" and not named))
         if kind in ("starless", "stars"):
-            same_type = check_holds(picture, target, settings.depth) == picture.pixels.dtype
-            if kind == "stars" and same_type and picture.rounded(np.rint(picture.black)) != np.rint(picture.black):
+            as_read = check_holds(picture, target, settings.depth) == picture.pixels.dtype
+            as_read &= format_of(target).own in picture.metadata
+            if kind == "stars" and as_read and picture.rounded(np.rint(picture.black)) != np.rint(picture.black):
                 raise BadInput(f"{target}: the integers of this picture have none for black; see --depth 32f")
         if reason := reserved.get(target.resolve()):
             raise BadInput(f"{target}: {reason}; name another file")
-        reserved[target.resolve()] = "has just been written"
+        reserved[target.resolve()] = "is another output of this call"
     excluded = read_exclusion(values.exclude, picture) if values.exclude else None
-    depth = format_of(targets["starless"]).depth_for(picture.pixels.dtype, settings.depth)
-    for kind, layer in layers_of(picture, targets, depth, excluded, settings, source.name, load).items():
+    for kind, layer in layers_of(picture, targets, excluded, settings, source.name, load).items():
         write_picture(
             targets[kind], layer.noting(HISTORY[kind]), settings.depth if kind in ("starless", "stars") else "keep"
         )
@@ -2727,31 +2767,32 @@ def infer_one(source, values, settings, load, many, reserved):
         write_copy(copy, file, picture if picture is not original else None)
 
 
-def layers_of(picture, kinds, depth, excluded, settings, title, load):
+def layers_of(picture, targets, excluded, settings, title, load):
     """{kind: picture} of what is made of a picture; starless and stars are of one depth.
 
-    excluded: what is to stay, an image, or None. title, load: as for starlight.
+    targets: {kind: file}. excluded: what is to stay, an image, or None. title, load: as for starlight.
     """
     stretch, gray = stretch_for(picture, settings), (*picture.pixels.shape[:2], 1)
     layers = {"starless": picture.with_pixels(picture.pixels.copy())}
-    if "mask" in kinds:
+    if "mask" in targets:
         layers["mask"] = Picture(np.zeros(gray, np.uint8), metadata=picture.metadata)
     for rows, light in both_looks(picture, stretch, settings, title, load):
         light *= np.float32(settings.strength)
         if excluded is not None:
             light *= 1 - excluded[rows]
-        if "stars" in kinds:
+        if "stars" in targets:
             np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
         # of what is left so far: rows with giants come a second time
         layers["starless"].pixels[rows] = layers["starless"].without(light, stretch, rows)
-        if "mask" in kinds:
+        if "mask" in targets:
             mask = layers["mask"].pixels[rows]
             mask += np.minimum(star_mask(light), 255 - mask)
-    if "preview" in kinds:
+    if "preview" in targets:
         layers["preview"] = preview(picture, layers["starless"], stretch)
-    if "stars" in kinds:
-        pair = star_layer(picture.in_depth(depth), layers["starless"].in_depth(depth), settings.star_mode)
-        layers |= zip(("starless", "stars"), pair)
+    if "stars" in targets:
+        form = format_of(targets["starless"])
+        pair = (form.stored(one, settings.depth) for one in (picture, layers["starless"]))
+        layers |= zip(("starless", "stars"), star_layer(*pair, settings.star_mode))
     return layers
 
 
@@ -2786,7 +2827,9 @@ def show_pair(generator, architecture, paths, settings):
     starry, truth = (to_unit(pixels) for pixels in read_pair(paths, architecture.n_channels))
     if architecture.n_channels == 1:
         starry, truth = starry[..., :1], truth[..., :1]
-    starless = starry - whole_starlight(Picture(starry), settings, lambda weights: (generator, architecture))
+    starless = starry - settings.strength * whole_starlight(
+        Picture(starry), settings, lambda weights: (generator, architecture)
+    )
     for name, image in ("input.png", starry), ("output.png", starless), ("gt.png", truth):
         write_image(name, image)
     return psnr(starry, truth), psnr(starless, truth)

@@ -119,6 +119,19 @@ def test_an_lzw_tiff_is_read_without_further_packages(dtype, channels, infer):
     assert same_bits(tifffile.imread("starless.tif"), rgb)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("target", ["out.tif", "out.png", "out.fits"])
+def test_white_is_zero_stays_so_or_is_turned_round_for_a_format_without_it(target, dtype, infer):
+    pixels = noise(21, 33, 1, dtype)
+    Path("in.tif").write_bytes(cv2.imencode(".tif", pixels)[1])  # LZW
+    with tifffile.TiffFile("in.tif", mode="r+b") as file:
+        file.pages[0].tags["PhotometricInterpretation"].overwrite(0)
+    infer("in.tif", "-o", target, kind="identity")
+    shown = np.iinfo(dtype).max - pixels
+    np.testing.assert_array_equal(np.rint(nox.read_picture(target).unit() * np.iinfo(dtype).max), shown)
+    assert (nox.read_picture(target).white == 0) == (target == "out.tif")
+
+
 PROFILES = {1: b"GRAY", 3: b"RGB "}
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a>\xc3\xa4</a></x:xmpmeta>'
 
@@ -222,6 +235,29 @@ def test_chunks_of_a_png_stay(chunk, infer):
     assert read("starless.png").shape == (20, 30, 3)
 
 
+@pytest.mark.parametrize("chunk", [b"iCCPx\0\0no stream", b"iTXt" + nox.PNG_XMP + b"\0\0\0none"])
+def test_a_damaged_chunk_of_a_png_is_left_out(chunk, infer):
+    data = Path(write("in.png", noise(20, 30, 3))).read_bytes()
+    Path("in.png").write_bytes(data[:33] + nox.png_chunk(chunk[:4], chunk[4:]) + data[33:])
+    infer("in.png", kind="identity")
+    assert Path("starless.png").read_bytes() == data
+
+
+def test_exif_that_does_not_parse_is_left_out_of_a_tiff(infer):
+    data = cv2.imencode(".jpg", noise(20, 30, 3))[1].tobytes()
+    Path("in.jpg").write_bytes(data[:2] + b"\xff\xe1\0\x0cExif\0\0junk" + data[2:])
+    infer("in.jpg", "-o", "out.tif", kind="identity")
+    assert tifffile.imread("out.tif").shape == (20, 30, 3)
+
+
+def test_a_jpeg_with_bytes_that_fill_up_before_a_marker_is_read(infer):
+    data = cv2.imencode(".jpg", noise(20, 30, 3))[1].tobytes()
+    end = 4 + int.from_bytes(data[4:6], "big")  # of the first segment
+    Path("in.jpg").write_bytes(data[:end] + b"\xff\xff" + data[end:])
+    infer("in.jpg", "-o", "out.png", kind="identity")
+    np.testing.assert_array_equal(read("out.png"), cv2.imdecode(np.frombuffer(data, np.uint8), -1))
+
+
 def test_a_profile_longer_than_a_jpeg_segment_stays_whole(infer):
     Image.fromarray(noise(20, 30, 3)).save("in.jpg", icc_profile=icc(3, 200_000))
     infer("in.jpg")
@@ -304,6 +340,17 @@ def test_scaled_integers_keep_their_bits_and_their_scale(infer):
     with fits.open("starless.fits", do_not_scale_image_data=True) as file:
         assert same_bits(file[0].data, raw)
         assert [file[0].header[key] for key in ("BSCALE", "BZERO", "BLANK")] == [0.5, 100, -32768]
+
+
+@pytest.mark.parametrize("target", ["out.fits.fz", "out.tif"])
+def test_scaled_integers_keep_their_values_or_their_range_in_other_files(target, infer):
+    raw = values_of("int16", 21, 33)
+    write_scaled("in.fits", raw, BSCALE=0.5, BZERO=20000.0)
+    infer("in.fits", "-o", target, kind="identity")
+    seen = [nox.read_picture(name).unit() for name in ("in.fits", target)]
+    np.testing.assert_allclose(seen[1], seen[0], atol=1e-4)
+    if target.endswith("fz"):
+        np.testing.assert_array_equal(fits.getdata(target), 20000 + 0.5 * raw)
 
 
 def test_light_is_taken_from_scaled_integers_in_their_physical_units(subtract):
@@ -721,6 +768,34 @@ def test_a_folder_taken_again_leaves_out_what_was_made_of_it(infer, folder):
         assert names("in") == ["a.png", "a_starless.png", "a_stars.png"]
 
 
+def test_a_wildcard_taken_again_leaves_out_what_was_made_of_it(infer, folder):
+    for name in "ab":
+        write(f"{name}.png", noise(20, 30, 3))
+    for _ in range(2):
+        infer("*.png", "--overwrite")
+        assert names() == ["a.png", "a_starless.png", "b.png", "b_starless.png"]
+
+
+def test_a_name_may_hold_the_extension_of_another_format(infer, folder):
+    Path("in").mkdir()
+    write("in/m31.fits.png", noise(20, 30, 3))
+    infer("in", "-o", "out")
+    assert names("out") == ["m31.fits_starless.png"]
+
+
+def test_several_pictures_of_one_file_do_not_get_one_name(infer, folder):
+    pictures = [fits.ImageHDU(values_of("float32", 21, 33 + i)) for i in range(2)]
+    fits.HDUList([fits.PrimaryHDU(), *pictures]).writeto("in.fits")
+    infer("in.fits[1]", "in.fits[2]", "-o", "out")
+    assert names("out") == ["in_1_starless.fits", "in_2_starless.fits"]
+
+
+def test_without_an_extension_results_have_that_of_their_format(infer, folder):
+    write_fits("m31", noise(20, 30, 1, "uint16")[..., 0])
+    infer("m31")
+    assert names() == ["m31", "starless.fits", "starry.fits"]
+
+
 def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(infer, folder, capsys):
     write("a.png", noise(20, 30, 3))
     Path("b.png").write_text("no picture")
@@ -746,12 +821,14 @@ def test_two_pictures_of_one_name_do_not_replace_each_other(infer, folder, capsy
         write(folder / place / "a.png", noise(20, 30, 3))
     with pytest.raises(SystemExit, match="1 of 2 pictures failed"):
         infer("x/a.png", "y/a.png", "-o", "out", "--overwrite")
-    assert "has just been written" in capsys.readouterr().err
+    assert "is another output of this call" in capsys.readouterr().err
 
 
 def test_one_file_for_two_outputs_is_refused(infer, folder):
     write("in.png", noise(20, 30, 3))
-    assert "out.png: has just been written" in mistake("infer", "in.png", "-o", "out.png", "--stars", "out.png")
+    assert "out.png: is another output of this call" in mistake(
+        "infer", "in.png", "-o", "out.png", "--stars", "out.png"
+    )
     assert names(folder) == ["in.png"]
 
 
@@ -795,6 +872,38 @@ def test_missing_pixels_of_unsigned_fits_integers_stay(subtract):
     subtract(0.25, "in.fits", "--linear", "no")
     new, missing = nox.read_picture("starless.fits").pixels[::-1, :, 0], pixels == 32868
     assert missing.sum() == 18 and (new[missing] == 32868).all() and (new[~missing] < 30000).all()
+
+
+def with_missing_pixels(name, kind=fits.PrimaryHDU):
+    """Raw 16-bit integers of RGB in a FITS file, whose upper rows are missing in red alone."""
+    raw = np.random.default_rng(3).integers(100, 20000, (3, 20, 30), np.int16)
+    raw[0, 15:] = -32768
+    hdu = kind(raw)
+    hdu.header["BLANK"] = -32768
+    hdu.writeto(name)
+    return raw
+
+
+def test_missing_pixels_of_packed_fits_integers_stay(infer):
+    raw = with_missing_pixels("in.fits.fz", fits.CompImageHDU)
+    infer("in.fits.fz", kind="identity")
+    with fits.open("starless.fits.fz", do_not_scale_image_data=True) as file:
+        assert file[1].header["BLANK"] == -32768 and same_bits(file[1].data, raw)
+
+
+def test_missing_pixels_are_not_a_number_in_floats(infer):
+    missing = with_missing_pixels("in.fits") == -32768
+    infer("in.fits", "--depth", "32f", "-o", "out.fits", kind="identity")
+    with warnings.catch_warnings(action="error"):
+        np.testing.assert_array_equal(np.isnan(fits.getdata("out.fits")), missing)
+    assert "BLANK" not in fits.getheader("out.fits")
+
+
+def test_where_a_colour_is_missing_gray_is_missing(infer):
+    missing = (with_missing_pixels("in.fits") == -32768).any(axis=0)
+    infer("in.fits", "--n-channels", 1, "-o", "out.fits", kind="identity")
+    new = fits.getdata("out.fits", ignore_blank=True, do_not_scale_image_data=True)
+    np.testing.assert_array_equal(new == -32768, missing)
 
 
 def test_metadata_of_imagej_are_no_obstacle(infer):
@@ -858,6 +967,17 @@ def test_the_copy_of_the_picture_replaces_no_other_output(infer, folder):
     with pytest.raises(SystemExit, match="starry.png: is the copy"):
         infer("a.png", "--stars", "starry.png")
     assert names() == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "name, flags", [("starless.png", []), ("starry.png", []), ("out.png", ["-o", "out.png", "--overwrite"])]
+)
+def test_the_mask_of_what_stays_is_never_overwritten(name, flags, infer):
+    write("a.png", noise(20, 30, 3))
+    before = Path(write(name, noise(20, 30, 1))).read_bytes()
+    with pytest.raises(SystemExit, match=f"{name}: is what --exclude names"):
+        infer("a.png", "--exclude", name, *flags)
+    assert Path(name).read_bytes() == before and names() == sorted(["a.png", name])
 
 
 def test_outputs_without_a_picture_are_refused(folder, capsys):

@@ -588,6 +588,11 @@ def test_bright_bulges_of_spirals_fade_more_gently_than_a_star_in_its_glow(monke
         assert light[64, [61, 67]].min() > 0.75 * light[64, 64]
 
 
+def test_knots_of_galaxies_far_wider_than_the_picture_need_no_more_memory():
+    light = gs.blobs(np.random.default_rng(1), 64, 3000)
+    assert light.shape == (64, 64, 3) and np.isfinite(light).all()
+
+
 @pytest.mark.parametrize("paint", [gs.blobs, lambda *args: gs.planetary(*args, (90, 140))], ids=["knots", "planetary"])
 def test_small_nebulae_are_no_sharper_than_the_stars(paint):
     """Nowhere does their light bend more, for its height, than in the middle of a star, a Gaussian of the same FWHM."""

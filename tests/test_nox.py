@@ -1335,18 +1335,6 @@ def test_a_network_of_fewer_levels_cannot_go_on_from_one_of_more(data, folder):
     assert "--levels 4" in message
 
 
-@pytest.mark.parametrize("growth, known", [(0, True), (1, False)])
-def test_weights_that_record_a_growth_are_read_if_there_was_none(growth, known, tmp_path):
-    nox.save_weights(nox.build_generator(ARCHITECTURE), ARCHITECTURE, tmp_path / "old.h5")
-    with h5py.File(tmp_path / "old.h5", "a") as file:
-        file.attrs["nox"] = json.dumps(json.loads(file.attrs["nox"]) | {"growth": growth})
-    if known:
-        assert nox.load_generator(tmp_path / "old.h5")[1] == ARCHITECTURE
-    else:
-        with pytest.raises(nox.BadInput, match="not a weights file of nox"):
-            nox.load_generator(tmp_path / "old.h5")
-
-
 def test_grayscale_weights_cannot_start_the_colour_network(weights, data, folder):
     message = mistake("train", "--data", data, *TINY, "--weights", weights["random", 1])
     assert "cannot start the colour network" in message
@@ -1585,6 +1573,15 @@ def test_files_that_the_run_did_not_write_are_kept_aside(gray):
     assert (folder / "generator_grayscale.2.h5").read_bytes() == b"shipped"
     assert (folder / "history.1.csv").read_text() == "precious"
     assert "generator_grayscale.h5 was not written by this run and is kept as generator_grayscale.2.h5\n" in printed
+
+
+def test_a_run_goes_on_with_its_own_seed_alone(folder):
+    nox.open_run(Path("checkpoint"), ARCHITECTURE, seed=1)
+    record = Path("checkpoint/run.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"seed": 1}))
+    nox.open_run(Path("checkpoint"), ARCHITECTURE, seed=1)
+    with pytest.raises(nox.BadInput, match="--seed 1; go on with it"):
+        nox.open_run(Path("checkpoint"), ARCHITECTURE, seed=2)
 
 
 def test_weights_put_into_the_folder_of_a_run_are_kept_aside_its_own_are_not(folder, weights, capsys):
