@@ -1491,6 +1491,7 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     settings = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else the workers would outlive this process
     try:
         failed = generate(settings)
     except BadInput as error:

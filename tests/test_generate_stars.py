@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -792,6 +793,29 @@ def test_pair_depends_on_seed_and_number_alone(pairs, tmp_path):
     assert command(*options, "--save-dir", tmp_path).returncode == 0
     for name in ("x2.png", "y2.png", "x3.png", "y3.png"):
         assert (tmp_path / name).read_bytes() == (pairs[0] / name).read_bytes(), name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills without a signal")
+def test_a_run_that_is_ended_leaves_no_process_behind(tmp_path):
+    line = [
+        sys.executable,
+        str(ROOT / "GenerateStars.py"),
+        "--imcount",
+        "500",
+        "--cpus",
+        "2",
+        "--size",
+        "64",
+        "--save-dir",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(tmp_path.glob("x*.png")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)  # to the end of what all processes can write
+    assert process.returncode == 1 and "interrupted; the pairs made so far are kept" in output
 
 
 def test_another_seed_or_number_is_another_picture():
