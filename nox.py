@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import gzip
 import io
 import itertools
 import json
@@ -892,6 +893,11 @@ def write_fits(picture, path, compress=False):
         fits.HDUList(hdus).writeto(path, output_verify="silentfix+ignore")  # cameras write cards against the standard
 
 
+def write_gzipped_fits(picture, path):
+    with gzip.open(path, "wb") as file:
+        write_fits(picture, file)
+
+
 # -- XISF
 
 
@@ -957,11 +963,13 @@ JPEG = Format((b"\xff\xd8\xff",), read_jpeg, write_jpeg, "uint8", own="jpeg")
 TIFF_BEGINS = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 TIFF = Format(TIFF_BEGINS, read_tiff, write_tiff, f"float32 {INTEGERS} float16 float64", alpha=True, own="tiff")
 FITS = Format((b"SIMPLE  =",), read_fits, write_fits, f"float32 {INTEGERS} int64 uint64 float64", own="fits")
+GZIPPED_FITS = dataclasses.replace(FITS, begins=(b"\x1f\x8b",), write=write_gzipped_fits)
 PACKED_FITS = dataclasses.replace(FITS, begins=(), write=functools.partial(write_fits, compress=True))
 XISF = Format((b"XISF0100",), read_xisf, write_xisf, "float32 uint8 uint16 uint32 float64", alpha=True, own="xisf")
 BMP = Format((b"BM",), read_other, write_bmp, "uint8")
 FORMATS = {".png": PNG, ".jpg": JPEG, ".jpeg": JPEG, ".tif": TIFF, ".tiff": TIFF, ".xisf": XISF, ".bmp": BMP}
-FORMATS |= dict.fromkeys((".fits", ".fit", ".fts"), FITS) | dict.fromkeys((".fits.fz", ".fit.fz", ".fz"), PACKED_FITS)
+FORMATS |= dict.fromkeys((".fits", ".fit", ".fts"), FITS) | dict.fromkeys((".fits.gz", ".fit.gz"), GZIPPED_FITS)
+FORMATS |= dict.fromkeys((".fits.fz", ".fit.fz", ".fz"), PACKED_FITS)
 
 
 def read_picture(path):
@@ -1005,7 +1013,7 @@ def extension_of(picture):
 def name_parts(path):
     """(stem, extension, HDU number or None) of a picture's name; the extension in lower case and its short form."""
     match = re.fullmatch(
-        r"(.*?)((?:\.fits?)?\.fz|\.[^.\[]+)?(?:\[(\d+)\])?", Path(path).name, re.IGNORECASE | re.DOTALL
+        r"(.*?)((?:\.fits?)?\.fz|\.fits?\.gz|\.[^.\[]+)?(?:\[(\d+)\])?", Path(path).name, re.IGNORECASE | re.DOTALL
     )
     stem, extension, number = match.groups()
     extension = (extension or "").lower()

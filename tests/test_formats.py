@@ -399,6 +399,16 @@ def test_fits_is_packed_and_unpacked_by_the_name_of_the_output(source, target, i
         assert file[1].header["CRVAL1"] == 10.68
 
 
+def test_gzipped_fits_stays_gzipped(infer):
+    data = values_of("uint16", 3, 21, 33)
+    write_fits("in.fits.gz", data)
+    infer("in.fits.gz", kind="identity")
+    assert names() == ["in.fits.gz", "starless.fits.gz", "starry.fits.gz"]
+    assert Path("starless.fits.gz").read_bytes()[:2] == b"\x1f\x8b"
+    assert same_bits(fits.getdata("starless.fits.gz"), data)
+    assert fits.getheader("starless.fits.gz")["HISTORY"][-1] == nox.HISTORY["starless"]
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "float32", "float64"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_xisf_comes_out_as_it_was(dtype, channels, infer):
