@@ -448,6 +448,7 @@ def sample(picture, count=2**17):
     """
     pixels = picture.pixels.reshape(-1, 1, picture.pixels.shape[2])
     values = picture.with_pixels(pixels[:: -(-len(pixels) // count)]).unit()[:, 0]
+    values[:, ~np.isfinite(values).any(axis=0)] = 0  # a channel that is missing as a whole, as the image has it
     inside = np.isfinite(values).all(axis=1) & values.any(axis=1)
     return values[inside].clip(max=1) if inside.any() else np.zeros((1, values.shape[1]))
 

@@ -597,6 +597,14 @@ def test_the_black_border_of_registered_pictures_has_no_say_in_the_stretch():
     np.testing.assert_allclose(other.midtones, plain.midtones, rtol=1e-6)
 
 
+def test_a_channel_that_is_missing_has_no_say_in_the_stretch():
+    pixels = starry_sky().astype("float32")
+    whole = nox.fit_stretch(nox.Picture(pixels), -2.8, 0.19, linked=False)
+    pixels[..., 2] = np.nan
+    stretch = nox.fit_stretch(nox.Picture(pixels), -2.8, 0.19, linked=False)
+    np.testing.assert_array_equal(stretch.midtones[:2], whole.midtones[:2])
+
+
 def test_the_stretch_and_its_inverse_are_exact():
     stretch = nox.fit_stretch(nox.Picture(linear_frame()), -2.8, 0.1875, False)
     x = np.linspace(0, 1, 50_000)[:, None] * np.ones(3)
