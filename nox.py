@@ -393,8 +393,9 @@ class Picture:
         scaled = np.empty(self.pixels.shape, new)
         for rows in bands(len(scaled)):
             values = self.unit(rows) * white  # missing integers become NaN, as floats have it
-            integer = np.rint(np.nan_to_num(values, posinf=white, neginf=0).clip(0, white))
-            scaled[rows] = integer if new.kind in "ui" else values
+            if new.kind in "ui":
+                values = np.rint(np.nan_to_num(values, posinf=white, neginf=0).clip(0, white))
+            scaled[rows] = values
         alpha = as_type(self.alpha, new)
         return dataclasses.replace(self, pixels=scaled, alpha=alpha, black=0.0, white=white, blank=None)
 
