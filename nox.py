@@ -2769,7 +2769,8 @@ def infer_one(source, values, settings, load, many, reserved):
             raise BadInput(f"{target}: {reason}; name another file")
         reserved[target.resolve()] = "is another output of this call"
     excluded = read_exclusion(values.exclude, picture) if values.exclude else None
-    for kind, layer in layers_of(picture, targets, excluded, settings, source.name, load).items():
+    stored = functools.partial(format_of(targets["starless"]).stored, wanted=settings.depth)
+    for kind, layer in layers_of(picture, targets, stored, excluded, settings, source.name, load).items():
         write_picture(
             targets[kind], layer.noting(HISTORY[kind]), settings.depth if kind in ("starless", "stars") else "keep"
         )
@@ -2777,32 +2778,32 @@ def infer_one(source, values, settings, load, many, reserved):
         write_copy(copy, file, picture if picture is not original else None)
 
 
-def layers_of(picture, targets, excluded, settings, title, load):
+def layers_of(picture, kinds, stored, excluded, settings, title, load):
     """{kind: picture} of what is made of a picture; starless and stars are of one depth.
 
-    targets: {kind: file}. excluded: what is to stay, an image, or None. title, load: as for starlight.
+    stored(picture): the picture as it will be written. excluded: what is to stay, an image, or None. title, load: as for
+    starlight.
     """
     stretch, gray = stretch_for(picture, settings), (*picture.pixels.shape[:2], 1)
     layers = {"starless": picture.with_pixels(picture.pixels.copy())}
-    if "mask" in targets:
+    if "mask" in kinds:
         layers["mask"] = Picture(np.zeros(gray, np.uint8), metadata=picture.metadata)
     for rows, light in both_looks(picture, stretch, settings, title, load):
         light *= np.float32(settings.strength)
         if excluded is not None:
             light *= 1 - excluded[rows]
-        if "stars" in targets:
+        if "stars" in kinds:
             np.maximum(light, 0, out=light)  # what is lifted cannot be made again by adding stars
         # of what is left so far: rows with giants come a second time
         layers["starless"].pixels[rows] = layers["starless"].without(light, stretch, rows)
-        if "mask" in targets:
+        if "mask" in kinds:
             mask = layers["mask"].pixels[rows]
             mask += np.minimum(star_mask(light), 255 - mask)
-    if "preview" in targets:
+    if "preview" in kinds:
         layers["preview"] = preview(picture, layers["starless"], stretch)
-    if "stars" in targets:
-        form = format_of(targets["starless"])
-        pair = (form.stored(one, settings.depth) for one in (picture, layers["starless"]))
-        layers |= zip(("starless", "stars"), star_layer(*pair, settings.star_mode))
+    if "stars" in kinds:
+        pair = star_layer(stored(picture), stored(layers["starless"]), settings.star_mode)
+        layers |= zip(("starless", "stars"), pair)
     return layers
 
 

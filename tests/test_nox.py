@@ -541,7 +541,7 @@ def looked_at(picture, second_look, kinds=("starless",), excluded=None, **settin
     network, architecture = ShortSighted(), nox.Architecture(width=4, levels=2, n_channels=picture.pixels.shape[2])
     settings = nox.Inference(second_look=second_look, **settings)
     layers = nox.layers_of(
-        picture, kinds, picture.pixels.dtype, excluded, settings, None, lambda _: (network, architecture)
+        picture, kinds, lambda same: same, excluded, settings, None, lambda _: (network, architecture)
     )
     return {kind: layer.pixels for kind, layer in layers.items()}, network.shapes
 
