@@ -896,7 +896,7 @@ def write_fits(picture, path, compress=False):
 
 
 def write_gzipped_fits(picture, path):
-    with gzip.open(path, "wb") as file:
+    with open(path, "wb") as plain, gzip.GzipFile("", "wb", fileobj=plain) as file:  # without the temporary name
         write_fits(picture, file)
 
 
@@ -2675,14 +2675,14 @@ def expand(name):
     return [p for p in found if name_parts(p)[0] not in ours]
 
 
-def destination(place, source, kind, many):
-    """Where something made of a picture goes: into a folder, as <stem>_<kind> (of an HDU [n]
-    as <stem>_<n>_<kind>), or to the file that is named.
+def destination(place, source, extension, kind, many):
+    """Where something made of a picture goes: into a folder, as <stem>_<kind>, or to the file that is named.
 
-    A name without an extension gets the picture's, a preview .png. The folder is made if need be.
+    Of HDU n it is <stem>_<n>_<kind>. A name without an extension gets the picture's, a preview .png. The folder is made
+    if need be.
     """
     path = Path(place)
-    stem, extension, number = name_parts(source)
+    stem, _, number = name_parts(source)
     stem += "" if number is None else f"_{number}"
     extension = ".png" if kind == "preview" else extension
     if many or path.is_dir() or place.endswith(("/", os.sep)):
@@ -2690,8 +2690,8 @@ def destination(place, source, kind, many):
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"{place}: not a folder, nor can it be made one ({error.strerror})") from None
-        return path / f"{stem}_{kind}{extension or '.png'}"
-    return path if path.suffix else path.with_name(path.name + (extension or ".png"))
+        return path / f"{stem}_{kind}{extension}"
+    return path if path.suffix else path.with_name(path.name + extension)
 
 
 def check_target(target, source, replaceable):
@@ -2752,7 +2752,7 @@ def infer_one(source, values, settings, load, many, reserved):
     file, extension = picture_file(source)[0], name_parts(source)[1] or extension_of(original)
     named = values.output or ("." if many else None)
     places = {"starless": named or "starless" + extension} | {kind: getattr(values, kind) for kind in OUTPUTS}
-    targets = {kind: destination(place, source, kind, many) for kind, place in places.items() if place}
+    targets = {kind: destination(place, source, extension, kind, many) for kind, place in places.items() if place}
     copy = Path("starry" + extension)
     if not named:
         reason = reserved.setdefault(copy.resolve(), "is the copy of the picture")

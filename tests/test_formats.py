@@ -811,7 +811,8 @@ def test_several_pictures_of_one_file_do_not_get_one_name(infer, folder):
 def test_without_an_extension_results_have_that_of_their_format(infer, folder):
     write_fits("m31", noise(20, 30, 1, "uint16")[..., 0])
     infer("m31")
-    assert names() == ["m31", "starless.fits", "starry.fits"]
+    infer("m31", "-o", "out")
+    assert names() == ["m31", "out.fits", "starless.fits", "starry.fits"]
 
 
 def test_a_picture_that_cannot_be_read_is_told_and_the_others_are_done(infer, folder, capsys):
@@ -915,6 +916,13 @@ def test_missing_pixels_are_not_a_number_in_floats(infer):
     with warnings.catch_warnings(action="error"):
         np.testing.assert_array_equal(np.isnan(fits.getdata("out.fits")), missing)
     assert "BLANK" not in fits.getheader("out.fits")
+
+
+def test_the_number_of_a_missing_pixel_is_not_white(folder):
+    raw = np.arange(600, dtype=np.int16).reshape(20, 30)
+    raw[0] = 32767
+    write_scaled("in.fits", raw, BSCALE=2.0, BZERO=10.0, BLANK=32767)
+    assert nox.read_picture("in.fits").white == 599
 
 
 def test_where_a_colour_is_missing_gray_is_missing(infer):

@@ -1575,13 +1575,13 @@ def test_files_that_the_run_did_not_write_are_kept_aside(gray):
     assert "generator_grayscale.h5 was not written by this run and is kept as generator_grayscale.2.h5\n" in printed
 
 
-def test_a_run_goes_on_with_its_own_seed_alone(folder):
-    nox.open_run(Path("checkpoint"), ARCHITECTURE, seed=1)
-    record = Path("checkpoint/run.json")
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"seed": 1}))
-    nox.open_run(Path("checkpoint"), ARCHITECTURE, seed=1)
-    with pytest.raises(nox.BadInput, match="--seed 1; go on with it"):
-        nox.open_run(Path("checkpoint"), ARCHITECTURE, seed=2)
+def test_a_run_goes_on_with_its_own_seed_and_weights_however_these_are_spelled(data, weights, folder):
+    start = Path(nox.shutil.copy(weights["random", 3], "start.h5"))
+    flags = "train", "--data", data, *TINY, "--epochs"
+    run(*flags, 1, "--seed", 1, "--weights", start)
+    assert "--seed 1; go on with it" in mistake(*flags, 2, "--seed", 2)
+    run(*flags, 2, "--seed", 1, "--weights", start.resolve())
+    assert len(pd.read_csv("history.csv")) == 2
 
 
 def test_weights_put_into_the_folder_of_a_run_are_kept_aside_its_own_are_not(folder, weights, capsys):
