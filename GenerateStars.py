@@ -207,7 +207,7 @@ LIT_REACH = Range(0.08, 1.0, True)  # radius within which it lights the gas, ove
 PLANETARY_CHANCE, PLANETARY_RADIUS, PLANETARY_LIGHT = 0.12, Range(0.015, 0.4, True), Range(0.15, 6.0, True)
 PLANETARY_LEAST = 4  # FWHM of its least radius: what is smaller cannot be told from a burnt-out star
 KNOTS, KNOT_LIGHT = Range(3, 80, True), Range(0.05, 1.5, True)  # in a picture that has any; before the shoulder
-GALAXY_SCALE = Range(0.02, 0.5, True)  # of a large one's disk over the frame
+GALAXY_SCALE = Range(0.02, 2.0, True)  # of a large one's disk over the frame: to its middle part alone, as in a mosaic
 GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shoulder: some are burnt out
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
@@ -446,20 +446,19 @@ def sky_gradient(rng, size):
 
 
 def large_galaxy(rng, size, fwhm):
-    """A spiral or an elliptical galaxy as large as the frame or a part of it, added light of shape (size, size, 3)."""
+    """A spiral or an elliptical galaxy, from a small part of the frame to more than all of it, light of (size, size, 3)."""
     scale, angle = size * GALAXY_SCALE(rng), np.float32(rng.uniform(0, np.pi))
     arms = chance(rng, SPIRAL_CHANCE)
     power = rng.uniform(0.4, 1)  # of one without arms: a smooth profile, cusped as Sersic's are, flatter once stretched
     core = max(scale * rng.uniform(0.05, 0.4), GALAXY_CORE * fwhm / power)
     wide = core * power > WIDE_CORE * fwhm
-    q = rng.uniform(0.2, 1.0 if arms or wide else ROUNDEST)
+    q = rng.uniform(0.1 if arms else 0.2, 1.0 if arms or wide else ROUNDEST)
     y, x = np.indices((size, size), dtype=np.float32)
-    dx, dy = x - size * rng.uniform(0.1, 0.9), y - size * rng.uniform(0.1, 0.9)
-    u, v = turned(dx, dy, angle)
-    v = v / q
-    radius = np.hypot(u, v) + 0.5
+    middle = size / 2 + max(size, 2 * scale) * rng.uniform(-0.4, 0.4, 2).astype(np.float32)
+    u, v = turned(x - middle[0], y - middle[1], angle)
+    radius = np.hypot(u, v / q) + 0.5
     if arms:
-        light = spiral(rng, radius, np.arctan2(v, u), scale, fwhm)
+        light = spiral(rng, u, v, q, scale, fwhm)
         most = BURNT_HEIGHT if scale < BURNT_SIZE * fwhm else np.inf
     else:
         profile = np.exp(-((radius / core) ** np.float32(power)))
@@ -471,10 +470,11 @@ def large_galaxy(rng, size, fwhm):
 OLD_STARS, YOUNG_STARS = np.float32([1.0, 0.85, 0.65]), np.float32([0.6, 0.75, 1.0])  # display colours
 
 
-def spiral(rng, radius, azimuth, scale, fwhm):
+def spiral(rng, u, v, q, scale, fwhm):
     """Light of a spiral galaxy with bulge, disk, arms, dust and HII knots, from smooth early types with a large bulge to
-    late ones that are all arms; radius and azimuth in its plane.
+    late ones that are all arms; u and v along its axes on the sky, q the axis ratio of its disk.
     """
+    radius, azimuth = np.hypot(u, v / q) + 0.5, np.arctan2(v / q, u)  # in its plane
     size, contrast = len(radius), np.float32(rng.uniform(0.1, 1))
     winding = int(rng.integers(1, 4)) * (azimuth - np.log(radius) / math.tan(rng.uniform(0.25, 0.7)))
     grain = turbulence(rng, size, 2.2)
@@ -486,7 +486,12 @@ def spiral(rng, radius, azimuth, scale, fwhm):
     knots = np.where((turbulence(rng, size, 1.0) > 0.95) & (arms > 0.4), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
     height = BULGE(rng)
-    bulge = height * np.exp(-radius / max(BULGE_SCALE(rng) * scale, 0.75 * GALAXY_CORE * max(1, height) ** 0.5 * fwhm))
+    spheroid = np.hypot(u, v / max(q, rng.uniform(0.5, 1)))  # seen edge on it stands out of the disk
+    within = max(BULGE_SCALE(rng) * scale, 0.75 * GALAXY_CORE * max(1, height) ** 0.5 * fwhm)
+    bulge = height * np.exp(-spheroid / within)
+    lane = rng.uniform(0, 0.9) * smoothstep(np.float32(0.5 - q), 0, 0.3)  # of dust, before the half behind the disk
+    lane = lane * (0.3 + turbulence(rng, size, 2.4)).clip(0, 1)
+    bulge *= 1 - lane * np.exp(-((v / max(0.6 * q * scale, fwhm) - 0.5) ** 2))
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
     young = OLD_STARS + contrast * (YOUNG_STARS - OLD_STARS)
     light = tinted(bulge + 0.5 * disk, OLD_STARS) + tinted(disk * (0.2 + arms) * dust, young)

@@ -563,8 +563,9 @@ def test_gray_pictures_among_colour_pairs_have_no_colour_at_all(own_noise, monke
             assert np.ptp(image, axis=-1).max() < 0.5 / 255
 
 
-def test_large_galaxies_without_arms_do_not_burn_out(monkeypatch):
+def test_galaxies_without_arms_do_not_burn_out_unless_wide(monkeypatch):
     monkeypatch.setattr(gs, "SPIRAL_CHANCE", 0)
+    monkeypatch.setattr(gs, "GALAXY_SCALE", gs.Range(0.02, 0.5))
     heights = [gs.large_galaxy(np.random.default_rng(seed), 64, 2.0).max() for seed in range(40)]
     assert max(heights) <= gs.BURNT_ELLIPTICAL * (1 + 1e-6) and max(heights) > 0.5 * gs.BURNT_ELLIPTICAL
 
@@ -579,13 +580,30 @@ def test_burnt_out_galaxies_without_arms_fade_gently(monkeypatch):
     assert max(np.hypot(*np.gradient(shown)).max() for shown in burnt) * 2.0 < 0.5
 
 
+def test_the_middle_of_a_galaxy_larger_than_the_frame_may_lie_beyond_it():
+    lights = [gs.large_galaxy(np.random.default_rng(seed), 64, 2.0).mean(axis=-1) for seed in range(60)]
+    smooth = np.array([cv2.blur(light, (5, 5)) for light in lights])
+    assert (smooth.max(axis=(1, 2)) > 1.02 * smooth[:, 2:-2, 2:-2].max(axis=(1, 2))).sum() > 1
+
+
+def test_the_bulge_of_a_spiral_seen_edge_on_stands_out_of_its_disk(monkeypatch):
+    monkeypatch.setattr(gs, "BULGE", gs.Range(3.0, 5.0))
+    monkeypatch.setattr(gs, "RING_CHANCE", 0)
+    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
+    y, x = np.indices((256, 256), dtype=np.float32) - 128
+    for seed in range(8):
+        light = gs.spiral(np.random.default_rng(seed), x, y, 0.1, 60.0, 2.0).mean(axis=-1)
+        over = light[128 - 20 : 128 + 21 : 40].mean(axis=0)  # 20 pixels off the plane, where the disk has exp(-3.3)
+        assert over[128 - 3 : 128 + 4].mean() > 3 * over[[128 - 90, 128 + 90]].mean()
+
+
 def test_bright_bulges_of_spirals_fade_more_gently_than_a_star_in_its_glow(monkeypatch):
     """A FWHM from the middle, three quarters of the light are left; of a Gaussian star it is a sixteenth."""
     monkeypatch.setattr(gs, "BULGE", gs.Range(3.0, 5.0))
     monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
     y, x = np.indices((128, 128), dtype=np.float32) - 64
     for seed in range(8):
-        light = gs.spiral(np.random.default_rng(seed), np.hypot(x, y) + 0.5, np.arctan2(y, x), 12.0, 3.0).mean(axis=-1)
+        light = gs.spiral(np.random.default_rng(seed), x, y, 1.0, 12.0, 3.0).mean(axis=-1)
         assert light[64, [61, 67]].min() > 0.75 * light[64, 64]
 
 

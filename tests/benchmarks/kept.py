@@ -29,6 +29,7 @@ EMPTY |= {"EMPTY_SKY_CHANCE": 1, "NOISE": gs.Range(0.0006, 0.01, True), "SKY_LEV
 KINDS = {
     "large galaxy without arms": {"GALAXY_CHANCE": 1, "SPIRAL_CHANCE": 0},
     "large spiral": {"GALAXY_CHANCE": 1, "SPIRAL_CHANCE": 1},
+    "galaxy larger than the frame": {"GALAXY_CHANCE": 1, "GALAXY_SCALE": gs.Range(0.5, 2, True)},
     "small galaxies": {"GALAXY_FIELD_CHANCE": 1},
     "planetary nebula": {"PLANETARY_CHANCE": 1},
     "glow of a globular cluster": {"GLOBULAR_CHANCE": 1},
