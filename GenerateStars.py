@@ -207,7 +207,7 @@ LIT_REACH = Range(0.08, 1.0, True)  # radius within which it lights the gas, ove
 PLANETARY_CHANCE, PLANETARY_RADIUS, PLANETARY_LIGHT = 0.12, Range(0.015, 0.4, True), Range(0.15, 6.0, True)
 PLANETARY_LEAST = 4  # FWHM of its least radius: what is smaller cannot be told from a burnt-out star
 KNOTS, KNOT_LIGHT = Range(3, 80, True), Range(0.05, 1.5, True)  # in a picture that has any; before the shoulder
-GALAXY_SCALE = Range(0.02, 2.0, True)  # of a large one's disk over the frame: to its middle part alone, as in a mosaic
+GALAXY_SCALE = Range(0.02, 2.0, True)  # of a large one's disk over the frame: to a close-up of its middle
 GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shoulder: some are burnt out
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
@@ -456,12 +456,11 @@ def large_galaxy(rng, size, fwhm):
     y, x = np.indices((size, size), dtype=np.float32)
     middle = size / 2 + max(size, 2 * scale) * rng.uniform(-0.4, 0.4, 2).astype(np.float32)
     u, v = turned(x - middle[0], y - middle[1], angle)
-    radius = np.hypot(u, v / q) + 0.5
     if arms:
         light = spiral(rng, u, v, q, scale, fwhm)
         most = BURNT_HEIGHT if scale < BURNT_SIZE * fwhm else np.inf
     else:
-        profile = np.exp(-((radius / core) ** np.float32(power)))
+        profile = np.exp(-(((np.hypot(u, v / q) + 0.5) / core) ** np.float32(power)))
         light = tinted(cv2.GaussianBlur(profile, (0, 0), fwhm / 2.355), OLD_STARS)
         most = np.inf if wide else BURNT_ELLIPTICAL
     return np.float32(min(GALAXY_LIGHT(rng), most)) * light.astype(np.float32)
