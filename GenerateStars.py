@@ -219,7 +219,7 @@ WIDE_GALAXY = 5  # half-light radius in FWHM from which small galaxies may be ro
 WIDE_CORE = 8  # scale of its middle in FWHM from which one without arms may be round: a star's edge is steeper
 BULGE, BULGE_SCALE = Range(0.5, 5.0, True), Range(0.08, 0.35, True)  # of a spiral: light over the disk's, scale too
 RING_CHANCE, RING_RADIUS, RING_WIDTH = 0.3, Range(0.4, 1.6), Range(0.08, 0.3)  # of star formation, in disk scales
-BURNT_SIZE, BURNT_HEIGHT = 8, 0.8  # those of fewer FWHM (half-light radius, scale of a disk) do not burn out either
+BURNT_SIZE, BURNT_HEIGHT = 8, 0.8  # those of fewer FWHM (half-light radius) do not burn out either
 BURNT_ELLIPTICAL = 1.6  # nor those without arms, unless wide: a giant star in its glow is white in the middle
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
@@ -457,8 +457,7 @@ def large_galaxy(rng, size, fwhm):
     middle = size / 2 + max(size, 2 * scale) * rng.uniform(-0.4, 0.4, 2).astype(np.float32)
     u, v = turned(x - middle[0], y - middle[1], angle)
     if arms:
-        light = spiral(rng, u, v, q, scale, fwhm)
-        most = BURNT_HEIGHT if scale < BURNT_SIZE * fwhm else np.inf
+        light, most = spiral(rng, u, v, q, scale, fwhm), np.inf
     else:
         profile = np.exp(-(((np.hypot(u, v / q) + 0.5) / core) ** np.float32(power)))
         light = tinted(cv2.GaussianBlur(profile, (0, 0), fwhm / 2.355), OLD_STARS)
@@ -471,8 +470,12 @@ OLD_STARS, YOUNG_STARS = np.float32([1.0, 0.85, 0.65]), np.float32([0.6, 0.75, 1
 
 def spiral(rng, u, v, q, scale, fwhm):
     """Light of a spiral galaxy with bulge, disk, arms, dust and HII knots, from smooth early types with a large bulge to
-    late ones that are all arms; u and v along its axes on the sky, q the axis ratio of its disk.
+    late ones that are all arms; u and v along its axes on the sky, q the axis ratio of its disk, scale the disk's least:
+    its bulge must be wider than a star, and is the smaller of the two.
     """
+    height = BULGE(rng)
+    within = max(BULGE_SCALE(rng) * scale, 0.75 * GALAXY_CORE * max(1, height) ** 0.5 * fwhm)
+    scale = max(scale, within / BULGE_SCALE.high)
     radius, azimuth = np.hypot(u, v / q) + 0.5, np.arctan2(v / q, u)  # in its plane
     size, contrast = len(radius), np.float32(rng.uniform(0.1, 1))
     winding = int(rng.integers(1, 4)) * (azimuth - np.log(radius) / math.tan(rng.uniform(0.25, 0.7)))
@@ -484,9 +487,7 @@ def spiral(rng, u, v, q, scale, fwhm):
     disk = np.exp(-radius / scale)
     knots = np.where((turbulence(rng, size, 1.0) > 0.95) & (arms > 0.4), 1, 0).astype(np.float32)
     knots = cv2.GaussianBlur(knots, (0, 0), max(1.0, 0.6 * fwhm)) * disk
-    height = BULGE(rng)
     spheroid = np.hypot(u, v / max(q, rng.uniform(0.5, 1)))  # seen edge on it stands out of the disk
-    within = max(BULGE_SCALE(rng) * scale, 0.75 * GALAXY_CORE * max(1, height) ** 0.5 * fwhm)
     bulge = height * np.exp(-spheroid / within)
     lane = rng.uniform(0, 0.9) * smoothstep(np.float32(0.5 - q), 0, 0.3)  # of dust, before the half behind the disk
     lane = lane * (0.3 + turbulence(rng, size, 2.4)).clip(0, 1)
@@ -1260,7 +1261,9 @@ def expose(rng, sky, places, optics, stretch, color, noise, share):
     if chance(rng, BLEED_CHANCE):
         bleed(rng, light, stars, peak)
     base = linear + grain
-    return with_stars(base, light), forward(base.clip(0, 1)), stars
+    starless = forward(base.clip(0, 1))
+    # no light, no difference: JPEG would make levels of a rounding error
+    return np.where(light, with_stars(base, light), starless), starless, stars
 
 
 # --------------------------------------------------------------------------------------------------------------------
