@@ -257,6 +257,17 @@ def test_pictures_of_any_size_keep_it(size, infer):
     assert read("starless.png").shape == (*size, 3)
 
 
+def test_with_eight_views_it_is_the_same_how_a_picture_lies(infer):
+    pixels, differences = noise(24, 24, 3), {}
+    for views in 1, 8:
+        found = []
+        for turns in 0, 1:
+            infer(write("in.png", np.ascontiguousarray(np.rot90(pixels, turns))), "--views", views, "--overwrite")
+            found.append(np.rot90(read("starless.png").astype(int), -turns))
+        differences[views] = np.abs(found[0] - found[1]).max()
+    assert differences[8] <= 1 < differences[1]
+
+
 @pytest.mark.parametrize("name", ["Pferdekopf-Nebel ümlaut.png", "星雲.png", "a b  c.png", "-x.png", "two.dots.png"])
 def test_names_beyond_ascii_and_with_blanks(name, infer, folder):
     (folder / "Bilder äöü").mkdir()
@@ -424,6 +435,35 @@ class Recorder:
         if len(tiles) > self.holds:
             raise RuntimeError(self.message)
         return tiles
+
+
+class Leaning:
+    """Stands for a network whose answer depends on how a picture lies: it smears it down, and less to the right."""
+
+    def predict_on_batch(self, tiles):
+        return tiles + np.roll(tiles, 1, axis=1) + np.roll(tiles, 1, axis=2) / 2
+
+
+@pytest.mark.parametrize("way", range(8))
+def test_tiles_are_laid_back_as_they_were(way):
+    tiles = batch(2, 5, 7, 3)
+    np.testing.assert_array_equal(nox.laid_back(nox.laid(tiles, way), way), tiles)
+
+
+@pytest.mark.parametrize("way", range(1, 8))
+def test_of_eight_views_the_answer_turns_with_the_picture(way):
+    tiles = batch(2, 6, 6, 3)
+    turned = nox.answer(Leaning(), nox.laid(tiles, way), 8)
+    np.testing.assert_allclose(nox.laid_back(turned, way), nox.answer(Leaning(), tiles, 8), rtol=1e-5)
+    one = nox.answer(Leaning(), nox.laid(tiles, way), 1)
+    assert np.abs(nox.laid_back(one, way) - nox.answer(Leaning(), tiles, 1)).max() > 0.1
+
+
+@pytest.mark.parametrize("views", [2, 4, 8])
+def test_views_are_averaged(views):
+    tiles = batch(2, 6, 9, 3)
+    answers = [nox.laid_back(Leaning().predict_on_batch(nox.laid(tiles, way)), way) for way in range(views)]
+    np.testing.assert_allclose(nox.answer(Leaning(), tiles, views), np.mean(answers, axis=0), rtol=1e-5)
 
 
 def light_found_by(network, size, batch):

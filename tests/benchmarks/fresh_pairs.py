@@ -1,6 +1,7 @@
 """How well the weights remove stars from fresh pairs: PSNR against the truth, before and after.
 
-    python tests/benchmarks/fresh_pairs.py [--pairs 100] [--seed 99] [--size 256] [--weights FILE] [--gray] [--data DIR]
+    python tests/benchmarks/fresh_pairs.py [--pairs 100] [--seed 99] [--size 256] [--weights FILE] [--gray] [--views 8]
+        [--data DIR]
 
 Makes the pairs with GenerateStars.py (painted skies) in a temporary folder unless --data names a folder of pairs.
 """
@@ -31,6 +32,7 @@ def main():
     )
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--weights", default="", help="default: the shipped ones")
+    parser.add_argument("--views", type=int, default=1, help="as of nox.py infer")
     parser.add_argument("--gray", action="store_true", help="grayscale pairs and weights")
     parser.add_argument("--data", help="a folder of pairs instead of fresh ones")
     values = parser.parse_args()
@@ -45,7 +47,7 @@ def main():
 
 def report(pairs, values):
     channels = 1 if values.gray else 3
-    settings = nox.Inference(weights=values.weights)
+    settings = nox.Inference(weights=values.weights, views=values.views)
     load = functools.cache(nox.load_generator)
     rows = []
     for paths in pairs:
