@@ -221,6 +221,7 @@ BULGE, BULGE_SCALE = Range(0.5, 5.0, True), Range(0.08, 0.35, True)  # of a spir
 RING_CHANCE, RING_RADIUS, RING_WIDTH = 0.3, Range(0.4, 1.6), Range(0.08, 0.3)  # of star formation, in disk scales
 BURNT_SIZE, BURNT_HEIGHT = 8, 0.8  # those of fewer FWHM (half-light radius) do not burn out either
 BURNT_ELLIPTICAL = 1.6  # nor those without arms, unless wide: a giant star in its glow is white in the middle
+BURNT_DISK = 1.0  # nor a spiral's disk: a white plate, of which no arms are left, looks like a giant star in its glow
 PHOTO_SCALE = Range(0.35, 1.0)  # photographs are reduced by this: hides their own noise and blur
 PHOTO_DARKEN = Range(0.15, 0.8)
 PALETTE = {  # red, green, blue of an emission or a reflection, display colours
@@ -457,7 +458,7 @@ def large_galaxy(rng, size, fwhm):
     middle = size / 2 + max(size, 2 * scale) * rng.uniform(-0.4, 0.4, 2).astype(np.float32)
     u, v = turned(x - middle[0], y - middle[1], angle)
     if arms:
-        light, most = spiral(rng, u, v, q, scale, fwhm), np.inf
+        light, most = spiral(rng, u, v, q, scale, fwhm)
     else:
         profile = np.exp(-(((np.hypot(u, v / q) + 0.5) / core) ** np.float32(power)))
         light = tinted(cv2.GaussianBlur(profile, (0, 0), fwhm / 2.355), OLD_STARS)
@@ -470,8 +471,8 @@ OLD_STARS, YOUNG_STARS = np.float32([1.0, 0.85, 0.65]), np.float32([0.6, 0.75, 1
 
 def spiral(rng, u, v, q, scale, fwhm):
     """Light of a spiral galaxy with bulge, disk, arms, dust and HII knots, from smooth early types with a large bulge to
-    late ones that are all arms; u and v along its axes on the sky, q the axis ratio of its disk, scale the disk's least:
-    its bulge must be wider than a star, and is the smaller of the two.
+    late ones that are all arms, and by what it may be multiplied at most; u and v along its axes on the sky, q the axis
+    ratio of its disk, scale the disk's least: its bulge must be wider than a star, and is the smaller of the two.
     """
     height = BULGE(rng)
     within = max(BULGE_SCALE(rng) * scale, 0.75 * GALAXY_CORE * max(1, height) ** 0.5 * fwhm)
@@ -494,9 +495,10 @@ def spiral(rng, u, v, q, scale, fwhm):
     bulge *= 1 - lane * np.exp(-((v / max(0.6 * q * scale, fwhm) - 0.5) ** 2))
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
     young = OLD_STARS + contrast * (YOUNG_STARS - OLD_STARS)
+    most = BURNT_DISK / np.max(disk * (0.7 + arms))
     light = tinted(bulge + 0.5 * disk, OLD_STARS) + tinted(disk * (0.2 + arms) * dust, young)
     light += tinted(rng.uniform(0, 3) * knots, PALETTE["magenta"])
-    return light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm)
+    return light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm), most
 
 
 def galaxy_field(rng, size, fwhm):
