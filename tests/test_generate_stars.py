@@ -610,6 +610,16 @@ def test_the_bulge_of_a_spiral_seen_edge_on_stands_out_of_its_disk(monkeypatch):
         assert over[128 - 3 : 128 + 4].mean() > 3 * over[[128 - 90, 128 + 90]].mean()
 
 
+def test_a_dust_lane_dims_the_bulge_on_one_side_of_a_spiral_seen_edge_on(monkeypatch):
+    monkeypatch.setattr(gs, "BULGE", gs.Range(3.0, 5.0))
+    monkeypatch.setattr(gs, "RING_CHANCE", 0)
+    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
+    y, x = np.indices((256, 256), dtype=np.float32) - 128
+    lights = [gs.spiral(np.random.default_rng(seed), x, y, 0.1, 60.0, 2.0)[0].mean(axis=-1) for seed in range(12)]
+    before, behind = (np.array([light[128 + v, 108:149].mean() for light in lights]) for v in (2, -2))
+    assert (before < 1.02 * behind).all() and before.mean() < 0.9 * behind.mean()
+
+
 def test_bright_bulges_of_spirals_fade_more_gently_than_a_star_in_its_glow(monkeypatch):
     """A FWHM from the middle, three quarters of the light are left; of a Gaussian star it is a sixteenth."""
     monkeypatch.setattr(gs, "BULGE", gs.Range(3.0, 5.0))

@@ -377,6 +377,8 @@ def test_without_a_picture_a_random_pair_is_shown_and_scored(channels, data, inf
     expected = cv2.PSNR(starry, truth, 255), cv2.PSNR(starless, truth, 255)
     assert (before, after) == pytest.approx(expected, abs=0.1)
     assert (starless != starry).any()
+    run(*infer_pair, "--strength", 0)
+    np.testing.assert_array_equal(read("output.png"), read("input.png"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
