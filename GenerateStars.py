@@ -541,10 +541,13 @@ def blobs(rng, size, fwhm):
     for _ in range(int(KNOTS(rng))):
         sigma = fwhm * rng.uniform(0.9, 3.0) + 1
         half = min(int(6 * sigma), size)
-        points = rng.normal(half, 1.2 * sigma, (rng.integers(3, 8), 2)).astype(int).clip(0, 2 * half)
-        lights = np.array([rng.uniform(0.3, 1) for _ in points], np.float32)
+        width, angle = sigma * rng.uniform(0.6, 1.0), rng.uniform(0, 2 * np.pi)
+        drift = rng.uniform(0.5, 1.1) * np.array([np.cos(angle), np.sin(angle)])
+        steps = width * rng.normal(drift, 0.6, (rng.integers(4, 8), 2))  # one patch, no heap of spots as round as stars
+        points = half + np.cumsum(steps, axis=0) - steps.sum(axis=0) / 2
+        lights = rng.uniform(0.4, 1, len(points)).astype(np.float32)
         # a Gaussian of both axes is the product of one of each: a blur as wide as some of these takes minutes
-        away = (np.arange(2 * half + 1, dtype=np.float32) - points.T[..., None]) / (sigma * rng.uniform(0.6, 1.0))
+        away = (np.arange(2 * half + 1, dtype=np.float32) - points.T[..., None]) / width
         down, right = np.exp(-0.5 * away.astype(np.float32) ** 2)
         blob = (lights[:, None] * down).T @ right
         r = np.hypot(*np.indices(blob.shape) - half)

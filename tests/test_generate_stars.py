@@ -642,6 +642,20 @@ def test_spirals_have_no_ring_as_small_as_a_star(monkeypatch):
         assert (profile[1:13] < 1.01 * profile[:12]).all()
 
 
+def test_knots_are_one_patch_each_and_few_are_round(monkeypatch):
+    """A heap of round spots looks like stars out of focus."""
+    monkeypatch.setattr(gs, "KNOTS", gs.Range(1, 1))
+    monkeypatch.setattr(gs, "gas", lambda rng, size: np.ones((size, size), np.float32))
+    ratios = []
+    for seed in range(40):
+        light = gs.blobs(np.random.default_rng(seed), 160, 4.0).mean(axis=-1)
+        parts, labels = cv2.connectedComponents((light > 0.5 * light.max()).astype(np.uint8))
+        assert parts == 2  # it and what lies around
+        least, most = np.linalg.eigvalsh(np.cov(np.nonzero(labels)))
+        ratios.append(np.sqrt(least / most))
+    assert np.mean(np.array(ratios) > 0.8) < 0.2
+
+
 def test_knots_of_galaxies_far_wider_than_the_picture_need_no_more_memory():
     light = gs.blobs(np.random.default_rng(1), 64, 3000)
     assert light.shape == (64, 64, 3) and np.isfinite(light).all()
