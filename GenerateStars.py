@@ -495,8 +495,9 @@ def spiral(rng, u, v, q, scale, fwhm):
     bulge *= 1 - lane * np.exp(-((v / max(0.6 * q * scale, fwhm) - 0.5) ** 2))
     dust = 1 - rng.uniform(0, 0.7) * smoothstep(turbulence(rng, size, 2.4), 0.5, 0.9)
     young = OLD_STARS + contrast * (YOUNG_STARS - OLD_STARS)
-    most = BURNT_DISK / np.max(disk * (0.7 + arms))
-    light = tinted(bulge + 0.5 * disk, OLD_STARS) + tinted(disk * (0.2 + arms) * dust, young)
+    smooth, lit = 0.5 * disk, disk * (0.2 + arms)
+    most = BURNT_DISK / np.max(smooth + lit)
+    light = tinted(bulge + smooth, OLD_STARS) + tinted(lit * dust, young)
     light += tinted(rng.uniform(0, 3) * knots, PALETTE["magenta"])
     return light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm), most
 

@@ -588,21 +588,24 @@ def test_the_middle_of_a_galaxy_larger_than_the_frame_may_lie_beyond_it():
     assert (smooth.max(axis=(1, 2)) > 1.02 * smooth[:, 2:-2, 2:-2].max(axis=(1, 2))).sum() > 1
 
 
-def test_the_disk_of_a_spiral_is_no_white_plate(monkeypatch):
+@pytest.fixture
+def no_knots(monkeypatch):
+    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
+
+
+def test_the_disk_of_a_spiral_is_no_white_plate(no_knots, monkeypatch):
     """Its bulge apart, the brightest ask for no more than BURNT_DISK, where the arms are still seen."""
     monkeypatch.setattr(gs, "SPIRAL_CHANCE", 1)
     monkeypatch.setattr(gs, "GALAXY_LIGHT", gs.Range(8.0, 8.0))
     monkeypatch.setattr(gs, "BULGE", gs.Range(1e-3, 2e-3))
-    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
     lights = [gs.large_galaxy(np.random.default_rng(seed), 128, 2.0).max(axis=-1) for seed in range(20)]
     most = [np.percentile(light, 98) for light in lights]  # HII knots may be brighter
     assert 0.5 * gs.BURNT_DISK < max(most) <= gs.BURNT_DISK
 
 
-def test_the_bulge_of_a_spiral_seen_edge_on_stands_out_of_its_disk(monkeypatch):
+def test_the_bulge_of_a_spiral_seen_edge_on_stands_out_of_its_disk(no_knots, monkeypatch):
     monkeypatch.setattr(gs, "BULGE", gs.Range(3.0, 5.0))
     monkeypatch.setattr(gs, "RING_CHANCE", 0)
-    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
     y, x = np.indices((256, 256), dtype=np.float32) - 128
     for seed in range(8):
         light = gs.spiral(np.random.default_rng(seed), x, y, 0.1, 60.0, 2.0)[0].mean(axis=-1)
@@ -610,30 +613,27 @@ def test_the_bulge_of_a_spiral_seen_edge_on_stands_out_of_its_disk(monkeypatch):
         assert over[128 - 3 : 128 + 4].mean() > 3 * over[[128 - 90, 128 + 90]].mean()
 
 
-def test_a_dust_lane_dims_the_bulge_on_one_side_of_a_spiral_seen_edge_on(monkeypatch):
+def test_a_dust_lane_dims_the_bulge_on_one_side_of_a_spiral_seen_edge_on(no_knots, monkeypatch):
     monkeypatch.setattr(gs, "BULGE", gs.Range(3.0, 5.0))
     monkeypatch.setattr(gs, "RING_CHANCE", 0)
-    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
     y, x = np.indices((256, 256), dtype=np.float32) - 128
     lights = [gs.spiral(np.random.default_rng(seed), x, y, 0.1, 60.0, 2.0)[0].mean(axis=-1) for seed in range(12)]
     before, behind = (np.array([light[128 + v, 108:149].mean() for light in lights]) for v in (2, -2))
     assert (before < 1.02 * behind).all() and before.mean() < 0.9 * behind.mean()
 
 
-def test_bright_bulges_of_spirals_fade_more_gently_than_a_star_in_its_glow(monkeypatch):
+def test_bright_bulges_of_spirals_fade_more_gently_than_a_star_in_its_glow(no_knots, monkeypatch):
     """A FWHM from the middle, three quarters of the light are left; of a Gaussian star it is a sixteenth."""
     monkeypatch.setattr(gs, "BULGE", gs.Range(3.0, 5.0))
-    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
     y, x = np.indices((128, 128), dtype=np.float32) - 64
     for seed in range(8):
         light = gs.spiral(np.random.default_rng(seed), x, y, 1.0, 12.0, 3.0)[0].mean(axis=-1)
         assert light[64, [61, 67]].min() > 0.75 * light[64, 64]
 
 
-def test_spirals_have_no_ring_as_small_as_a_star(monkeypatch):
+def test_spirals_have_no_ring_as_small_as_a_star(no_knots, monkeypatch):
     """However small a spiral is asked for, its light falls without a bump to twice the FWHM from its middle."""
     monkeypatch.setattr(gs, "RING_CHANCE", 1)
-    monkeypatch.setattr(gs, "blobs", lambda rng, size, fwhm: np.zeros((size, size, 3), np.float32))
     y, x = np.indices((128, 128), dtype=np.float32) - 64
     radius = np.hypot(x, y).astype(int)
     for seed in range(8):
