@@ -126,7 +126,8 @@ BETA = Range(2.0, 6.0, True)  # Moffat's exponent: 2.5 measured seeing, 4.765 Ko
 CORE_SHARES = {"moffat": 0.68, "gaussian": 0.10, "airy": 0.17, "defocus": 0.05}
 AIRY_BAND = Range(0.01, 0.15, True)  # half width of the filter over its middle: a wide one smears the outer rings
 OBSTRUCTION = Range(0.2, 0.5)  # secondary mirror over aperture, of defocused stars
-AXIS_RATIO = Range(0.75, 1.0)  # minor over major axis: tilt, guiding
+AXIS_RATIO = Range(0.75, 1.0)  # minor over major axis of a star's middle: tilt, guiding
+ROUND = 1.2  # FWHM at which half of that is left, less further out: as of Moffats that are blurred along one axis
 TRAIL_CHANCE, TRAIL = 0.12, Range(0.5, 2.0)  # guiding trail in FWHM
 COMA_CHANCE, COMA = 0.20, Range(0.3, 1.5)  # comet tail at the frame's corner in FWHM
 FIELD_STRETCH = Range(0.0, 0.35)  # radial elongation at the corner
@@ -825,7 +826,8 @@ def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
     light = 0
     for x, y, weight in paths:
         u, v = turned(dx - x, dy - y, angle)
-        light = light + weight / total * core_light(optics, np.hypot(u * q, v / q), fwhm)
+        squash = 1 - (1 - q) / (1 + (np.hypot(u, v) / (ROUND * fwhm)) ** 2)
+        light = light + weight / total * core_light(optics, np.hypot(u * squash, v / squash), fwhm)
     return light
 
 

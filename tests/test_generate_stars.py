@@ -18,6 +18,7 @@ from photutils.detection import DAOStarFinder
 from photutils.psf import CircularGaussianPRF, PSFPhotometry, fit_fwhm
 from scipy import stats as statistics
 from scipy.integrate import cumulative_trapezoid
+from scipy.ndimage import gaussian_filter1d
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -151,13 +152,27 @@ def test_faint_star_is_cut_below_the_threshold_only():
     assert (image == 0).any()
 
 
-def test_ellipse_has_the_asked_axis_ratio_and_angle():
+def test_ellipse_has_the_asked_angle():
     image = draw([(30, 30, 1.0)], plain_optics(core="gaussian", fwhm=5.0, axis_ratio=0.6, angle=0.5), 61)
     yy, xx = np.indices(image.shape) - 30
     xx_, yy_, xy_ = ((image * m).sum() / image.sum() for m in (xx * xx, yy * yy, xx * yy))
-    values, vectors = np.linalg.eigh([[xx_, xy_], [xy_, yy_]])
-    assert np.sqrt(values[0] / values[1]) == pytest.approx(0.6, rel=0.03)
+    _, vectors = np.linalg.eigh([[xx_, xy_], [xy_, yy_]])
     assert np.arctan2(vectors[1, 1], vectors[0, 1]) % np.pi == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("beta", [2.0, 3.0, 5.0])
+def test_ellipse_gets_rounder_outwards_as_that_of_a_star_blurred_along_one_axis(beta):
+    image = draw([(100, 100, 1.0)], plain_optics(fwhm=8.0, beta=beta, axis_ratio=0.76), 201)
+    expected = gaussian_filter1d(draw([(100, 100, 1.0)], plain_optics(fwhm=8.0, beta=beta), 201), 2.4, axis=1)
+    inner, outer = ([axis_ratio(im, radius) for im in (image, expected)] for radius in (5, 30))
+    assert inner == pytest.approx([inner[1]] * 2, abs=0.03) and max(inner) < 0.85
+    assert outer == pytest.approx([outer[1]] * 2, abs=0.015) and min(outer) > 0.95
+
+
+def axis_ratio(image, radius):
+    """Minor over major axis, along y and x, of the isophote that crosses the x axis so far from the middle."""
+    across, down = (part[len(part) // 2 :] for part in (image[len(image) // 2], image[:, len(image) // 2]))
+    return np.interp(-across[radius], -down, np.arange(len(down))) / radius
 
 
 def test_seeing_widens_the_stars_towards_one_side():
