@@ -297,8 +297,12 @@ def read_background(path):
     """A photograph as an image, whatever its depth and channels; raises ValueError when it cannot be read."""
     data = np.fromfile(path, np.uint8)
     pixels = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR) if data.size else None
+    if pixels is None and data.size:  # gray floats it does not turn into colour
+        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError("not a readable picture")
+    pixels = np.atleast_3d(pixels)
+    pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] < 3 else pixels[..., :3]
     if pixels.dtype.kind == "u":
         return pixels[..., ::-1].astype(np.float32) / np.iinfo(pixels.dtype).max
     pixels = np.nan_to_num(pixels[..., ::-1].astype(np.float32), posinf=0, neginf=0).clip(0)
@@ -1399,9 +1403,9 @@ def save_pair(job):
     index, settings, photographs = job
     cv2.setNumThreads(1)  # the processes are the parallelism
     path = choose_photograph(index, settings, photographs)
+    path_x, path_y = pair_paths(settings.save_dir, index)
     try:
         starry, starless, stars = make_pair(index, settings, path)
-        path_x, path_y = pair_paths(settings.save_dir, index)
         if settings.catalog:
             stars.meta["background"] = path or "painted"
             text = io.StringIO()
@@ -1411,6 +1415,8 @@ def save_pair(job):
         write_png(path_y, starless, settings.depth)
         write_png(path_x, starry, settings.depth)
     except Exception as error:  # one bad photograph must not end a long run; the exit status tells
+        if not path_x.exists():
+            path_y.unlink(missing_ok=True)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return f"pair {index} (seed {settings.seed}, background {path or 'painted'}): {reason}"
 
@@ -1425,7 +1431,7 @@ def write_preview(settings, indices):
     rows = []
     for start in range(0, len(indices), 6):
         pairs = [pair_paths(settings.save_dir, i) for i in indices[start : start + 6]]
-        pairs = [np.vstack([read_background(path) for path in pair]) for pair in pairs if all(p.exists() for p in pair)]
+        pairs = [np.vstack(list(map(read_again, pair))) for pair in pairs if all(p.exists() for p in pair)]
         if pairs:
             height = max(len(pair) for pair in pairs)
             rows.append(np.hstack([np.pad(pair, ((0, height - len(pair)), (0, 0), (0, 0))) for pair in pairs]))
@@ -1433,6 +1439,14 @@ def write_preview(settings, indices):
         width = max(row.shape[1] for row in rows)
         sheet = np.vstack([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
         write_png(Path(settings.save_dir) / "preview.png", sheet, 8)
+
+
+def read_again(path):
+    """A picture of a pair; raises BadInput."""
+    try:
+        return read_background(path)
+    except (OSError, ValueError, cv2.error) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); --overwrite makes it again") from None
 
 
 def work(jobs, cpus):
@@ -1443,7 +1457,11 @@ def work(jobs, cpus):
     with concurrent.futures.ProcessPoolExecutor(cpus, context, signal.signal, leave) as pool:
         waiting = set()
         while True:
+            before = signal.signal(
+                *leave
+            )  # processes begin here, and inherit it for the time until they do so themselves
             waiting |= {pool.submit(save_pair, job) for job in itertools.islice(jobs, 2 * cpus - len(waiting))}
+            signal.signal(signal.SIGINT, before)
             if not waiting:
                 return
             done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -1479,10 +1497,16 @@ def generate(settings):
     return failed
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the list of all options."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(prog="GenerateStars.py", description=__doc__.split("\n\n")[0], formatter_class=form)
     for field in dataclasses.fields(Settings):
         options = {"default": field.default, "help": field.metadata["help"]}
         if field.type is bool:
@@ -1509,7 +1533,7 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: else the workers would outlive this process
     try:
         failed = generate(settings)
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: of a contact sheet that cannot be written
         sys.exit(f"GenerateStars.py: {error}")
     except concurrent.futures.BrokenExecutor:
         sys.exit("GenerateStars.py: a process was killed (memory?); try again with less --cpus")

@@ -25,6 +25,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -256,9 +257,12 @@ def check_arguments(parser, values):
 
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # answers --help and mistakes before Keras takes its seconds to load
+    INTERRUPTED = signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C shall not show what it interrupts
 
 if sys.stderr is None:  # closed, or Windows without a console
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    while (descriptor := os.open(os.devnull, os.O_WRONLY)) < 2:
+        pass  # standard output is closed, too
+    sys.stderr = open(descriptor, "w")  # noqa: SIM115
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's notes on the machine are no concern of the user
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # it warns of every TIFF with alpha
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default on CPUs without AVX-512; 1.5 times faster there
@@ -592,6 +596,9 @@ def read_png(path, _):
                 metadata["xmp"] = zlib.decompress(text) if deflated else text
             elif name in PNG_KEPT:
                 metadata["png"].append((name, content))
+            elif name == b"tRNS" and data[24] >= 8 and data[25] == 0:  # one gray is transparent; OpenCV ignores it
+                opaque = pixels != int.from_bytes(content[:2], "big")
+                pixels = np.dstack([pixels, np.iinfo(pixels.dtype).max * opaque.astype(pixels.dtype)])
     if data[25] == PNG_GRAY_ALPHA and pixels.ndim == 3 and pixels.shape[2] == 4:
         pixels = pixels[..., 2:]  # OpenCV repeats gray to three channels
     return from_channels(pixels, metadata=metadata)
@@ -701,17 +708,12 @@ def read_tiff(path, _):
         gray_or_rgb = int(page.photometric) in (0, 1, 2)  # white is zero, black is zero, RGB
         try:
             pixels = page.asarray() if gray_or_rgb else None  # a palette, YCbCr
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
+        except (ValueError, ImportError) as error:
+            if isinstance(error, ValueError) and "imagecodecs" not in str(error):
                 raise
             pixels = None  # LZW and the like: a package of 20 MB, while OpenCV is here
         if pixels is None:
-            data = np.fromfile(path, np.uint8)
-            positive = {262: 1} if page.photometric == 0 else {}  # it would invert 8 bits of white is zero, but not 16
-            for code, neutral in (NEUTRAL | positive).items():
-                if tag := page.tags.get(code):
-                    data[tag.valueoffset : tag.valueoffset + 2] = list(struct.pack(tif.byteorder + "H", neutral))
-            pixels = decode(data)
+            pixels = decode_tiff(path, tif, gray_or_rgb)
         elif page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, -1)
         tags = [(t.code, int(t.dtype), t.count, t.value, True) for t in page.tags if t.code not in TIFF_STRUCTURE]
@@ -728,6 +730,28 @@ def read_tiff(path, _):
         if gray_or_rgb and page.photometric == 0:
             picture.black, picture.white = picture.white, picture.black
         return picture
+
+
+def decode_tiff(path, tif, gray_or_rgb):
+    """Pixels of a TIFF file's first page as OpenCV reads them; raises BadInput where it would lose some of them."""
+    page, data = tif.pages[0], np.fromfile(path, np.uint8)
+    positive = {262: 1} if page.photometric == 0 else {}  # it would invert 8 bits of white is zero, but not 16
+    for code, neutral in (NEUTRAL | positive).items():
+        if tag := page.tags.get(code):
+            data[tag.valueoffset : tag.valueoffset + 2] = list(struct.pack(tif.byteorder + "H", neutral))
+    compression = getattr(page.compression, "name", page.compression)
+    try:
+        pixels = decode(data)
+    except BadInput as error:
+        raise BadInput(f"{error}; its compression is {compression}") from None
+    planes, samples = (
+        page.planarconfig == 2 and page.samplesperpixel > 1,
+        pixels.reshape(*pixels.shape[:2], -1).shape[2],
+    )
+    fewer = gray_or_rgb and samples < page.samplesperpixel
+    if planes or fewer or 8 * pixels.itemsize < page.bitspersample:
+        raise BadInput(f"of this kind ({compression}) it cannot be read whole; save it as RGB or gray, uncompressed")
+    return pixels
 
 
 def exif_of_tiff(tif):
@@ -924,8 +948,24 @@ def read_xisf(path, _):
 
 
 def write_xisf(picture, path):
-    pixels = np.atleast_3d(with_alpha(picture))
-    xisf_package().write(str(path), pixels, creator_app="nox", **picture.metadata.get("xisf", {}))
+    native = picture.metadata.get("xisf", {})
+    xisf_package().write(str(path), picture.pixels, creator_app="nox", **native)
+    bounds = native.get("image_metadata", {}).get("bounds") or f"0:{brightest(picture.pixels):.17g}"
+    if picture.pixels.dtype.kind == "f" and bounds != "0:1":
+        set_bounds(path, bounds.encode())
+
+
+def set_bounds(path, bounds):
+    """Put the bounds of floats into a XISF file's header, for which the package has 0:1, and before the padding room."""
+    with open(path, "r+b") as file:
+        begin, length = struct.unpack("<8sI4x", file.read(16))
+        header = file.read(length)
+        changed = re.sub(b'bounds="[^"]*"', b'bounds="%s"' % bounds, header, count=1)
+        first = min(int(start) for start in re.findall(b"attachment:([0-9]+):", header))
+        if 16 + len(changed) > first:
+            raise ValueError("no room for the bounds of its floats")
+        file.seek(0)
+        file.write(struct.pack("<8sI4x", begin, len(changed)) + changed.ljust(first - 16, b"\0"))
 
 
 # -- all
@@ -972,7 +1012,7 @@ TIFF = Format(TIFF_BEGINS, read_tiff, write_tiff, f"float32 {INTEGERS} float16 f
 FITS = Format((b"SIMPLE  =",), read_fits, write_fits, f"float32 {INTEGERS} int64 uint64 float64", own="fits")
 GZIPPED_FITS = dataclasses.replace(FITS, begins=(b"\x1f\x8b",), write=write_gzipped_fits)
 PACKED_FITS = dataclasses.replace(FITS, begins=(), write=functools.partial(write_fits, compress=True))
-XISF = Format((b"XISF0100",), read_xisf, write_xisf, "float32 uint8 uint16 uint32 float64", alpha=True, own="xisf")
+XISF = Format((b"XISF0100",), read_xisf, write_xisf, "float32 uint8 uint16 uint32 float64", own="xisf")
 BMP = Format((b"BM",), read_other, write_bmp, "uint8")
 FORMATS = {".png": PNG, ".jpg": JPEG, ".jpeg": JPEG, ".tif": TIFF, ".tiff": TIFF, ".xisf": XISF, ".bmp": BMP}
 FORMATS |= dict.fromkeys((".fits", ".fit", ".fts"), FITS) | dict.fromkeys((".fits.gz", ".fit.gz"), GZIPPED_FITS)
@@ -1069,7 +1109,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
+        raise BadInput(f"{path}: cannot be written ({error.strerror or first_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1923,8 +1963,11 @@ class History(keras.callbacks.Callback):
 
     def rows(self, before=sys.maxsize):
         """The rows of the epochs before one, as a DataFrame."""
-        table = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame({"epoch": []})
-        return table.astype({"epoch": int})[table["epoch"] < before]
+        try:
+            table = pd.read_csv(self.path) if self.path.exists() else pd.DataFrame({"epoch": []})
+            return table.astype({"epoch": int})[table["epoch"] < before]
+        except (ValueError, KeyError):
+            raise BadInput(f"{self.path}: cannot be read; move it away to go on without the rows in it") from None
 
     def comparable(self, before=sys.maxsize):
         """Those of them whose loss has the terms that it has now."""
@@ -1996,6 +2039,9 @@ class Checkpoint(keras.callbacks.Callback):
 
     def save(self, model, done):
         """Write the state after so many epochs in place of the one before."""
+        size = 4 * sum(math.prod(v.shape) for v in [*model.weights, *model.optimizer.variables])
+        if shutil.disk_usage(self.folder).free < 1.1 * size + 2**20:  # HDF5 does not survive a disk that fills up
+            raise BadInput(f"{self.folder}: no room on the disk for {size / 1e6:.0f} MB; the last epoch is kept")
         earlier, file = self.files().values(), self.folder / f"epoch{done}.weights.h5"
         temporary = self.folder / "writing.weights.h5"
         model.save_weights(temporary, overwrite=True)
@@ -2208,6 +2254,8 @@ def train(architecture, settings):
 def train_within(architecture, settings, devices):
     """Train on the Devices that all_devices yields."""
     keras.utils.set_random_seed(settings.seed)
+    if settings.patch_size < 11:
+        raise BadInput(f"--patch-size {settings.patch_size}: must be at least 11, the window of the SSIM")
     if settings.patch_size % architecture.multiple:
         raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
     found = find_pairs(settings.data)
@@ -2713,17 +2761,22 @@ def destination(place, source, extension, kind, many):
     return path if path.suffix else path.with_name(path.name + extension)
 
 
+def same_file(path, other):
+    return path.exists() and path.samefile(other)
+
+
 def check_target(target, source, replaceable):
     """Raises BadInput for a file that must not be or cannot be written: told before the long work, not after it."""
     if target.is_dir():
         raise BadInput(f"{target}: is a folder; name a file with -o")
     if not target.parent.is_dir():
         raise BadInput(f"{target.parent}: no such folder")
-    if target.exists():
-        if target.samefile(source):
-            raise BadInput(f"{target}: is the picture itself, which is never overwritten; name another file with -o")
-        if not replaceable:
-            raise BadInput(f"{target}: exists; --overwrite replaces it")
+    if not os.access(target.parent, os.W_OK):
+        raise BadInput(f"{target.parent}: this folder cannot be written to")
+    if same_file(target, source):
+        raise BadInput(f"{target}: is the picture itself, which is never overwritten; name another file with -o")
+    if target.exists() and not replaceable:
+        raise BadInput(f"{target}: exists; --overwrite replaces it")
     format_of(target)
 
 
@@ -2752,7 +2805,7 @@ def telling(failed, several):
     """Within, what fails is told and noted, so that others go on; where there are none, it ends the run."""
     try:
         yield
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: of a path that cannot be looked at
         if not several:
             raise
         failed.append(error)
@@ -2777,6 +2830,8 @@ def infer_one(source, values, settings, load, many, reserved):
         reason = reserved.setdefault(copy.resolve(), "is the copy of the picture")
         if values.exclude and copy.resolve() == Path(values.exclude).resolve():
             raise BadInput(f"{copy}: {reason}; name the starless picture with -o")
+        if not same_file(copy, file):
+            check_target(copy, file, True)
     for kind, target in targets.items():
         check_target(target, file, values.overwrite or (kind == "starless" and not named))
         if kind in ("starless", "stars"):
@@ -2793,7 +2848,7 @@ def infer_one(source, values, settings, load, many, reserved):
         write_picture(
             targets[kind], layer.noting(HISTORY[kind]), settings.depth if kind in ("starless", "stars") else "keep"
         )
-    if not named:
+    if not named and not same_file(copy, file):
         write_copy(copy, file, picture if picture is not original else None)
 
 
@@ -2827,9 +2882,7 @@ def layers_of(picture, kinds, stored, excluded, settings, title, load):
 
 
 def write_copy(target, file, changed):
-    """Write the starry picture: the file itself, or the picture that was made of it; never over the file."""
-    if target.exists() and target.samefile(file):
-        return
+    """Write the starry picture: the file itself, or the picture that was made of it."""
     if changed:
         return write_picture(target, changed)
     with replacing(target) as temporary:
@@ -2901,4 +2954,5 @@ def main(values):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, INTERRUPTED)
     main(ARGUMENTS)

@@ -119,6 +119,34 @@ def test_an_lzw_tiff_is_read_without_further_packages(dtype, channels, infer):
     assert same_bits(tifffile.imread("starless.tif"), rgb)
 
 
+NOT_WHOLE = "in.tif: of this kind (LZW) it cannot be read whole; save it as RGB or gray, uncompressed"
+
+
+def test_an_lzw_tiff_in_planes_is_not_read_as_if_they_were_interleaved(folder):
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, cv2.IMWRITE_TIFF_COMPRESSION_LZW, cv2.IMWRITE_TIFF_ROWSPERSTRIP, 20]
+    Path("in.tif").write_bytes(cv2.imencode(".tif", noise(60, 33, 1, "uint16"), options)[1])
+    planes = {"ImageLength": 20, "SamplesPerPixel": 3, "BitsPerSample": (16, 16, 16), "PlanarConfiguration": 2}
+    for name, value in {**planes, "PhotometricInterpretation": 2}.items():
+        with tifffile.TiffFile("in.tif", mode="r+b") as file:
+            file.pages[0].tags[name].overwrite(value)
+    with tifffile.TiffFile("in.tif") as file:
+        assert file.pages[0].shape == (3, 20, 33)
+    assert NOT_WHOLE in mistake("infer", "in.tif")
+
+
+def test_an_lzw_tiff_of_gray_and_alpha_is_not_read_without_its_alpha(folder):
+    Image.fromarray(noise(21, 33, 2), "LA").save("in.tif", compression="tiff_lzw")
+    assert NOT_WHOLE in mistake("infer", "in.tif")
+
+
+def test_a_compression_that_nothing_here_can_read_is_named(folder):
+    pixels = values_of("uint8", 21, 33)
+    tifffile.imwrite("in.tif", pixels)
+    with tifffile.TiffFile("in.tif", mode="r+b") as file:
+        file.pages[0].tags["Compression"].overwrite(34887)
+    assert re.search("in.tif: not a picture.*; its compression is LERC", mistake("infer", "in.tif"))
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("target", ["out.tif", "out.png", "out.fits"])
 def test_white_is_zero_stays_so_or_is_turned_round_for_a_format_without_it(target, dtype, infer):
@@ -233,6 +261,17 @@ def test_chunks_of_a_png_stay(chunk, infer):
     infer("in.png")
     assert Path("starless.png").read_bytes()[33:].startswith(whole)
     assert read("starless.png").shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_the_transparent_gray_of_a_png_becomes_alpha(dtype, infer):
+    pixels = noise(21, 33, 1, dtype)
+    data = cv2.imencode(".png", pixels)[1].tobytes()
+    Path("in.png").write_bytes(data[:33] + nox.png_chunk(b"tRNS", struct.pack(">H", pixels[3, 4, 0])) + data[33:])
+    infer("in.png", kind="identity")
+    found = nox.read_picture("starless.png")
+    np.testing.assert_array_equal(found.pixels, pixels)
+    np.testing.assert_array_equal(found.alpha, np.where(pixels[..., 0] == pixels[3, 4, 0], 0, np.iinfo(dtype).max))
 
 
 @pytest.mark.parametrize("chunk", [b"iCCPx\0\0no stream", b"iTXt" + nox.PNG_XMP + b"\0\0\0none"])
@@ -419,6 +458,24 @@ def test_xisf_comes_out_as_it_was(dtype, channels, infer):
     infer("in.xisf", kind="identity")
     assert same_bits(XISF.read("starless.xisf"), pixels)
     assert XISF("starless.xisf").get_images_metadata()[0]["FITSKeywords"] == keywords["FITSKeywords"]
+
+
+@pytest.mark.parametrize("size", [(21, 33), (121, 133)])
+def test_floats_of_a_xisf_keep_their_bounds(size, infer):
+    XISF = pytest.importorskip("xisf").XISF
+    fits.writeto("in.fits", 65535 * values_of("float32", 3, *size))
+    infer("in.fits", "-o", "first.xisf", kind="identity")
+    bounds = XISF("first.xisf").get_images_metadata()[0]["bounds"]
+    assert list(map(float, bounds.split(":"))) == [0, fits.getdata("in.fits").max()]
+    infer("first.xisf", "-o", "second.xisf", kind="identity")
+    assert XISF("second.xisf").get_images_metadata()[0]["bounds"] == bounds
+    assert same_bits(XISF.read("second.xisf"), XISF.read("first.xisf"))
+
+
+def test_a_xisf_with_alpha_is_refused_before_the_work(folder, monkeypatch):
+    monkeypatch.setattr(nox, "xisf_package", lambda: None)
+    write("in.png", noise(20, 30, 4))
+    assert "out.xisf: this format cannot hold transparency" in mistake("infer", "in.png", "-o", "out.xisf")
 
 
 def test_xisf_without_the_package_says_so(folder, monkeypatch):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -789,6 +792,11 @@ def test_photograph_is_read_rgb_from_0_to_1(top, dtype, tmp_path):
     np.testing.assert_allclose(image, np.broadcast_to([1.0, 0, 0], (8, 8, 3)))
 
 
+def test_a_gray_photograph_of_floats_is_read(tmp_path):
+    path = write_photograph(tmp_path / "gray.tif", np.full((8, 8), 0.25, np.float32))
+    np.testing.assert_array_equal(gs.read_background(path), np.full((8, 8, 3), 0.25, np.float32))
+
+
 def test_transparency_is_dropped_not_blended(tmp_path):
     pixels = np.full((8, 8, 4), 200, np.uint8)
     pixels[..., 3] = 0
@@ -875,6 +883,29 @@ def test_pair_depends_on_seed_and_number_alone(pairs, tmp_path):
     assert command(*options, "--save-dir", tmp_path).returncode == 0
     for name in ("x2.png", "y2.png", "x3.png", "y3.png"):
         assert (tmp_path / name).read_bytes() == (pairs[0] / name).read_bytes(), name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.parametrize("after", [0.2, 1.5])
+def test_an_interruption_while_the_processes_begin_is_told_in_one_line(after, tmp_path):
+    line = [
+        sys.executable,
+        str(ROOT / "GenerateStars.py"),
+        "--cpus",
+        "2",
+        "--size",
+        "32",
+        "--save-dir",
+        str(tmp_path / "new"),
+    ]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not (tmp_path / "new").exists():  # now its own modules are there
+            time.sleep(0.02)
+        time.sleep(after)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert [text for text in re.split(r"[\r\n]+", told) if text and "pair" not in text.split(":")[-1]] == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills without a signal")
@@ -990,6 +1021,37 @@ def test_impossible_settings_are_refused(wrong, capsys):
         gs.parse_arguments(wrong.split())
     assert stop.value.code == 2
     assert wrong.split()[0] in capsys.readouterr().err
+
+
+def test_a_mistake_is_told_in_one_line():
+    result = command("--size", "8")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "GenerateStars.py: --size must be at least 32; --help lists the options\n",
+    )
+
+
+def test_a_pair_that_cannot_be_shown_in_the_contact_sheet_is_named(tmp_path):
+    for name in "xy":
+        (tmp_path / f"{name}0.png").write_bytes(b"no picture")
+    result = command("--imcount", 1, "--size", 32, "--preview-pairs", 1, "--save-dir", tmp_path)
+    line = (
+        f"GenerateStars.py: {tmp_path / 'x0.png'}: cannot be read (not a readable picture); --overwrite makes it again"
+    )
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, line)
+
+
+def test_of_a_pair_whose_second_picture_cannot_be_written_the_first_goes_too(tmp_path, monkeypatch):
+    whole = gs.write_png
+
+    def full(path, image, depth):
+        if path.name == "x0.png":
+            raise OSError("disk full")
+        whole(path, image, depth)
+
+    monkeypatch.setattr(gs, "write_png", full)
+    assert "disk full" in gs.save_pair((0, gs.Settings(size=32, save_dir=str(tmp_path)), []))
+    assert names(tmp_path) == []
 
 
 def test_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -1617,6 +1617,24 @@ def test_files_that_the_run_did_not_write_are_kept_aside(gray):
     assert "generator_grayscale.h5 was not written by this run and is kept as generator_grayscale.2.h5\n" in printed
 
 
+def test_a_damaged_history_is_named_and_can_be_moved_away(data, folder):
+    run("train", "--data", data, *TINY, "--epochs", 1)
+    history = Path("checkpoint/generator_color/history.csv")
+    history.write_text("epoch,generator\nsoon,1\n")
+    assert f"{history}: cannot be read; move it away" in mistake("train", "--data", data, *TINY, "--epochs", 2)
+    history.unlink()
+    run("train", "--data", data, *TINY, "--epochs", 2)
+    assert list(pd.read_csv("history.csv")["epoch"]) == [1]
+
+
+def test_a_disk_without_room_for_the_next_state_ends_the_run_and_keeps_the_last(data, folder, monkeypatch):
+    run("train", "--data", data, *TINY, "--epochs", 1)
+    full = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr(nox.shutil, "disk_usage", lambda path: full)
+    assert "no room on the disk" in mistake("train", "--data", data, *TINY, "--epochs", 2)
+    assert names("checkpoint/generator_color") == ["epoch1.weights.h5", "history.csv", "run.json"]
+
+
 def test_a_run_goes_on_with_its_own_seed_and_weights_however_these_are_spelled(data, weights, folder):
     start = Path(nox.shutil.copy(weights["random", 3], "start.h5"))
     flags = "train", "--data", data, *TINY, "--epochs"
@@ -1714,6 +1732,40 @@ def test_infer_shows_its_bar_and_nothing_else(folder, weights):
     assert "100%" in result.stderr
     assert all(line.startswith("a.png: ") for line in re.split(r"[\r\n]+", result.stderr) if line)
     assert names() == ["a.png", "starless.png", "starry.png"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(infer, folder, monkeypatch):
+    write("a.png", noise(40, 50, 3))
+    monkeypatch.setattr(nox, "both_looks", None)
+    monkeypatch.setattr(nox.os, "access", lambda path, mode: False)
+    assert "nox.py: .: this folder cannot be written to" in mistake("infer", "a.png")
+
+
+def test_a_path_that_cannot_be_looked_at_does_not_stop_the_others(infer, folder, capsys):
+    write("a.png", noise(40, 50, 3))
+    with pytest.raises(SystemExit, match="1 of 2 pictures failed"):
+        infer("n" * 300 + ".png", "a.png", "-o", "out")
+    assert len(capsys.readouterr().err.splitlines()[0]) > 300
+    assert names("out") == ["a_starless.png"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes streams by the shell")
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+def test_infer_works_with_its_output_closed(closed, folder, weights):
+    write("a.png", noise(40, 50, 3))
+    line = [sys.executable, ROOT / "nox.py", "infer", "a.png", "--weights", weights["random", 3]]
+    assert subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *line], timeout=120).returncode == 0
+    assert names() == ["a.png", "starless.png", "starry.png"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_an_interruption_while_keras_loads_shows_nothing_of_it(folder):
+    (folder / "keras.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(60)"
+    )
+    write("a.png", noise(40, 50, 3))
+    result = shell("infer", "a.png", PYTHONPATH=str(folder))
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 def test_weights_missing_beside_the_script_are_named(folder):
