@@ -128,7 +128,7 @@ AIRY_BAND = Range(0.01, 0.15, True)  # half width of the filter over its middle:
 OBSTRUCTION = Range(0.2, 0.5)  # secondary mirror over aperture, of defocused stars
 AXIS_RATIO = Range(0.75, 1.0)  # minor over major axis of a star's middle: tilt, guiding
 ROUND = 1.2  # FWHM at which half of that is left, less further out: as of Moffats that are blurred along one axis
-TRAIL_CHANCE, TRAIL = 0.12, Range(0.5, 2.0)  # guiding trail in FWHM
+TRAIL_CHANCE, TRAIL = 0.12, Range(0.5, 1.5)  # guiding trail in FWHM; none where seeing is poor, which hides it
 COMA_CHANCE, COMA = 0.20, Range(0.3, 1.5)  # comet tail at the frame's corner in FWHM
 FIELD_STRETCH = Range(0.0, 0.35)  # radial elongation at the corner
 FIELD_BLUR = Range(0.0, 0.3)  # FWHM at the corner over that in the middle, less 1: field curvature
@@ -153,7 +153,7 @@ AUREOLE_CHANCE, AUREOLE_BETA = 0.5, Range(1.1, 2.0)  # halo that falls as r^-2be
 RAYS_CHANCE, RAYS, RAY_COUNT = 0.25, Range(0.1, 0.5), Range(80, 400, True)  # hairs of scattered light in the halo
 HALO_BLUE = Range(0.6, 2.5, True)  # blue over red light of the halo: refractors bloat blue
 REFLECTION_COUNT = {0: 0.7, 1: 0.2, 2: 0.1}  # filters, window and sensor reflect each other's light
-REFLECTION_LIGHT, REFLECTION_RADIUS = Range(0.003, 0.05, True), Range(10, 60, True)  # over the star's; pixels
+REFLECTION_LIGHT, REFLECTION_RADIUS = Range(0.0005, 0.02, True), Range(10, 60, True)  # over the star's; pixels
 RIM_CHANCE, RIM = 0.5, Range(0.3, 6.0, True)  # light of a disc's rim over its middle's, less 1
 RIM_WIDTH = Range(0.03, 0.15, True)  # over the disc's radius
 RIM_SIDE = Range(0.0, 1.0)  # how much brighter the rim is on the side to which the disc is shifted, and darker opposite
@@ -176,7 +176,9 @@ HEADROOM = Range(1, 1e4, True)  # white over that of one exposure: giants come o
 LOCAL_INTENSITY = Range(0.6, 5.0, True)  # |b| of the generalised hyperbolic stretch, of either sign
 SYMMETRY_POINT, HIGHLIGHTS = Range(0.0, 1.0), Range(0.3, 1.0)  # SP over 1 / D; HP, above which it is a line
 FLOODED = 0.3  # most that stars lift the median pixel on the display: nobody stretches a picture until it is white
+VEILED = 0.06  # and the pixel at a tenth: a glow all over the frame goes with the sky's gradient, before the stretch
 NOISE = Range(0.0006, 0.1, True)  # standard deviation in display units at the sky's level: single exposures reach 0.1
+CLIPPED = 2.0  # least standard deviations from the sky down to black: nobody cuts off most of the noise
 NOISELESS_CHANCE = 0.2  # noise reduction went before: smooth but for the rounding
 PHOTON_SHARE = Range(0.0, 1.0)  # part of the variance at the sky's level that grows with the light
 CORRELATION_CHANCE, CORRELATION = 0.65, Range(0.4, 1.0)  # debayering and resampling: blur of the noise, pixels
@@ -213,6 +215,7 @@ GALAXY_LIGHT = Range(0.2, 8.0, True)  # middle of a large galaxy before the shou
 GALAXY_HEIGHT = Range(0.03, 4.0, True)  # middle of a small one: from hardly seen to white
 GALAXY_SIZE = Range(1.8, 3.0)  # least half-light radius in FWHM: what is smaller cannot be told from a star
 GALAXY_CUSP = 0.25  # Sersic index at most this x (1 + half-light radius in FWHM): a cusp looks like a star in its halo
+GALAXY_INDEX = 2.0  # and at most this: beyond, the cusp of a wider one is as narrow as a star again; of a round one 1
 SEEN_WIDTH = 0.55  # of the width of stars on the display counts as their FWHM where galaxies and planetaries are sized
 GALAXY_CORE = 4  # least scale of a large one's middle in FWHM: a burnt-out smaller one looks like a star with its halo
 ROUNDEST = 0.82  # axis ratio of galaxies without arms, for the same reason
@@ -507,8 +510,11 @@ def spiral(rng, u, v, q, scale, fwhm):
     return light + 4 * (disk * arms)[..., None] * blobs(rng, size, fwhm), most
 
 
-def galaxy_field(rng, size, fwhm):
-    """Small and far galaxies, clearly wider than a star, spread or (a cluster) crowded; light of (size, size, 3)."""
+def galaxy_field(rng, size, fwhm, burnt):
+    """Small and far galaxies, clearly wider than a star, spread or (a cluster) crowded; light of (size, size, 3).
+
+    fwhm, burnt: as of painted_sky.
+    """
     light = tinted(np.zeros((size, size), np.float32), np.zeros(3))
     middle, spread = rng.uniform(0, size, 2), size * rng.uniform(0.08, 0.2)
     crowded = chance(rng, GALAXY_CLUSTER_CHANCE / (GALAXY_CLUSTER_CHANCE + GALAXY_FIELD_CHANCE))
@@ -518,7 +524,8 @@ def galaxy_field(rng, size, fwhm):
         wide = r_eff / fwhm
         ellipticity = rng.uniform(0 if wide > WIDE_GALAXY else 1 - ROUNDEST if wide > 3 else 0.4, 0.75)
         height = GALAXY_HEIGHT(rng)
-        if wide < BURNT_SIZE:
+        is_round = ellipticity < 1 - ROUNDEST
+        if is_round or r_eff < BURNT_SIZE * burnt:
             height = min(height, BURNT_HEIGHT)
         reach = int(min(size, 6 * r_eff + 8))
         x, y = rng.normal(middle, spread) if crowded else rng.uniform(0, size, 2)
@@ -526,7 +533,7 @@ def galaxy_field(rng, size, fwhm):
             continue
         rows, columns = (slice(max(int(c) - reach, 0), min(int(c) + reach + 1, size)) for c in (y, x))
         yy, xx = np.mgrid[rows, columns].astype(np.float32)
-        index = rng.uniform(0.6, min(4.0, GALAXY_CUSP * (1 + wide)))  # disks, and cusps where they show
+        index = rng.uniform(0.6, 1.0 if is_round else min(GALAXY_INDEX, GALAXY_CUSP * (1 + wide)))
         shape = np.float32([1, r_eff, index, x, y, ellipticity, rng.uniform(0, np.pi)])
         profile = cv2.GaussianBlur(SERSIC.evaluate(xx, yy, *shape), (0, 0), fwhm / 2.355)
         profile *= 1 - smoothstep(np.hypot(xx - shape[3], yy - shape[4]), 0.6 * reach, reach - 1)  # no square is seen
@@ -638,7 +645,7 @@ def painted_sky(rng, size, fwhm, burnt):
     if chance(rng, GALAXY_CHANCE):
         image = image + large_galaxy(rng, size, burnt)
     if chance(rng, GALAXY_FIELD_CHANCE + GALAXY_CLUSTER_CHANCE):
-        image = image + galaxy_field(rng, size, fwhm)
+        image = image + galaxy_field(rng, size, fwhm, burnt)
     if chance(rng, KNOT_CHANCE):
         image = image + blobs(rng, size, fwhm)
     if chance(rng, GLOBULAR_CHANCE):
@@ -755,7 +762,7 @@ def draw_optics(rng, color):
     fwhm = FWHM_LARGE(rng) if chance(rng, FWHM_LARGE_CHANCE) else FWHM(rng)
     core = pick(rng, CORE_SHARES)
     chromatic = color and chance(rng, CHROMATIC_CHANCE)
-    trail = TRAIL(rng) * fwhm * chance(rng, TRAIL_CHANCE)
+    trail = TRAIL(rng) * fwhm * chance(rng, TRAIL_CHANCE) * (fwhm <= FWHM.high)
     direction = rng.uniform(0, 2 * np.pi)
     return Optics(
         core=core if fwhm > 2 else "moffat",  # an undersampled Airy or defocus ring cannot be told from a Moffat
@@ -1260,11 +1267,11 @@ def expose(rng, sky, places, optics, stretch, color, noise, share):
     threshold = 0.5 * float(np.min(light_over(darkest, HALF_LEVEL)))
     light = render(stars, colors, optics, shape, threshold)
     few, bare = light[::4, ::4], linear[::4, ::4]  # few is a view of light: it falls with it
-    while np.median(with_stars(bare, few) - forward(bare)) > FLOODED:
+    while np.any(np.percentile(with_stars(bare, few) - forward(bare), [50, 10]) > [FLOODED, VEILED]):
         for part in (light, stars["flux"]):
             part *= 0.5
 
-    sigma = noise / gain
+    sigma = min(noise / gain, median / CLIPPED)
     photon = PHOTON_SHARE(rng)
     grain = noise_layer(rng, linear, sigma, photon, color)
     electron = min(photon * sigma**2 / median, sigma)  # the sky's shot noise tells what one photon is worth

@@ -178,6 +178,12 @@ def axis_ratio(image, radius):
     return np.interp(-across[radius], -down, np.arange(len(down))) / radius
 
 
+def test_wide_stars_are_not_trailed():
+    drawn = [gs.draw_optics(np.random.default_rng(seed), True) for seed in range(300)]
+    assert {optics.fwhm > gs.FWHM.high for optics in drawn if optics.trail.any()} == {False}
+    assert any(optics.fwhm > gs.FWHM.high for optics in drawn)
+
+
 def test_seeing_widens_the_stars_towards_one_side():
     image = draw([(30, 150, 1.0), (270, 150, 1.0)], plain_optics(core="gaussian", seeing=np.array([0.15, 0.0])), 300)
     left, right = (fit_fwhm(image, xypos=(x, 150), fit_shape=15)[0] for x in (30, 270))
@@ -536,12 +542,37 @@ def test_bright_stars_light_the_nebulae_and_faint_ones_the_planetary_ones(monkey
         assert all((table["flux"][0] >= least) == bright for table in here[:2])
 
 
+@pytest.mark.parametrize("limit", [gs.VEILED, 9.0])
+def test_a_glow_all_over_the_frame_is_dimmed(limit, monkeypatch):
+    giants = gs.Population(1.0, gs.Range(1500, 1600), gs.Range(0.8, 0.9), gs.Range(0, 1), gs.Range(1, 2), gs.Range(6400, 6600), disc=gs.Range(20, 30))  # fmt: skip
+    monkeypatch.setattr(gs, "POPULATIONS", {"beacons": giants})
+    monkeypatch.setattr(gs, "FLOODED", 9.0)
+    monkeypatch.setattr(gs, "VEILED", limit)
+    starry, starless, _ = exposed(plain_optics(halos=[plain_halo(scale=60.0)]))
+    assert (np.percentile(starry - starless, 10) < 0.07) == (limit < 1)
+
+
+@pytest.mark.parametrize("limit", [gs.CLIPPED, 0.01])
+def test_noise_is_not_cut_off_at_black(limit, monkeypatch):
+    monkeypatch.setattr(gs, "CLIPPED", limit)
+    _, starless, _ = exposed(plain_optics(), noise=0.1, share=0.0)
+    assert ((starless == 0).mean() < 0.05) == (limit > 1)
+
+
+def exposed(optics, noise=0.0, share=1.0):
+    """expose of a flat dark sky under a deep stretch, gray."""
+    sky = np.full((96, 96, 3), 0.05, np.float32)
+    forward, inverse = (functools.partial(gs.midtones_transfer, m=np.float32(m)) for m in (0.005, 0.995))
+    return gs.expose(np.random.default_rng(0), sky, [], optics, (forward, inverse), False, noise, share)
+
+
 @pytest.mark.parametrize("limit, screen", [(0.3, 0), (0.3, 1), (9.0, 0), (9.0, 1)])
 def test_stars_that_would_flood_the_picture_are_dimmed_in_the_catalogue_too(limit, screen, monkeypatch):
     crowd = gs.Population(1.0, gs.Range(2e5, 2.1e5), gs.Range(0.8, 0.9), gs.Range(0, 1), gs.Range(1, 2), gs.Range(6400, 6600))  # fmt: skip
     monkeypatch.setattr(gs, "POPULATIONS", {"crowd": crowd})
     monkeypatch.setattr(gs, "SCREEN_CHANCE", screen)
     monkeypatch.setattr(gs, "FLOODED", limit)
+    monkeypatch.setattr(gs, "VEILED", limit)
     sky = np.full((96, 96, 3), 0.1, np.float32)
     forward, inverse = (functools.partial(gs.midtones_transfer, m=np.float32(m)) for m in (0.005, 0.995))
     starry, starless, stars = gs.expose(
@@ -708,10 +739,20 @@ def test_galaxies_are_wider_than_the_stars():
     width = lambda image: image.sum() ** 2 / (image**2).sum()  # noqa: E731
     for seed in range(6):
         star = draw([(64, 64, 1.0)], plain_optics(fwhm=3.0), 129)
-        light = gs.galaxy_field(np.random.default_rng(seed), 256, 3.0).mean(axis=-1).astype(float)
+        light = gs.galaxy_field(np.random.default_rng(seed), 256, 3.0, 3.0).mean(axis=-1).astype(float)
         peak = np.unravel_index(light.argmax(), light.shape)
         box = tuple(slice(max(p - 6, 0), p + 7) for p in peak)
         assert width(light[box]) > width(star[58:71, 58:71])
+
+
+@pytest.mark.parametrize("roundest, burnt", [(0.25, 1.5), (gs.ROUNDEST, 40.0)])
+def test_small_galaxies_that_are_round_or_no_wider_than_burnt_out_stars_do_not_burn_out(roundest, burnt, monkeypatch):
+    monkeypatch.setattr(gs, "ROUNDEST", roundest)  # 0.25: all count as round
+    monkeypatch.setattr(gs, "GALAXY_CLUSTER_CHANCE", 0)
+    monkeypatch.setattr(gs, "GALAXY_HEIGHT", gs.Range(3.0, 4.0))
+    brightest = [gs.galaxy_field(np.random.default_rng(seed), 512, 1.5, burnt).max() for seed in range(8)]
+    assert min(brightest) < 1.3 * gs.BURNT_HEIGHT  # of the warmest channel; higher where two overlap
+    assert max(brightest) < 3
 
 
 def test_galaxies_are_wider_than_trailed_and_comatic_stars():
