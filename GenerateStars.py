@@ -16,6 +16,7 @@ backgrounds is that of the original nox (Christopher Harvey).
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import io
@@ -1456,6 +1457,18 @@ def read_again(path):
         raise BadInput(f"{path}: cannot be read ({error}); --overwrite makes it again") from None
 
 
+@contextlib.contextmanager
+def waiting_for_later(number):
+    """Within, a signal to this process waits; processes that begin within never get it. Windows has no such thing."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+
+
 def work(jobs, cpus):
     """Yield save_pair's answer to each job, in the order they end; few jobs wait at a time, so memory stays flat."""
     context = multiprocessing.get_context("spawn")  # the same on all systems, and no forked threads
@@ -1464,11 +1477,8 @@ def work(jobs, cpus):
     with concurrent.futures.ProcessPoolExecutor(cpus, context, signal.signal, leave) as pool:
         waiting = set()
         while True:
-            before = signal.signal(
-                *leave
-            )  # processes begin here, and inherit it for the time until they do so themselves
-            waiting |= {pool.submit(save_pair, job) for job in itertools.islice(jobs, 2 * cpus - len(waiting))}
-            signal.signal(signal.SIGINT, before)
+            with waiting_for_later(signal.SIGINT):  # processes begin here, and would show what it interrupts
+                waiting |= {pool.submit(save_pair, job) for job in itertools.islice(jobs, 2 * cpus - len(waiting))}
             if not waiting:
                 return
             done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
