@@ -257,7 +257,11 @@ def check_arguments(parser, values):
 
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # answers --help and mistakes before Keras takes its seconds to load
-    INTERRUPTED = signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C shall not show what it interrupts
+    INTERRUPTED = signal.getsignal(signal.SIGINT)
+    if (
+        INTERRUPTED is signal.default_int_handler
+    ):  # until then Ctrl-C, if it is heeded, shall not show what it interrupts
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if sys.stderr is None:  # closed, or Windows without a console
     while (descriptor := os.open(os.devnull, os.O_WRONLY)) < 2:

@@ -929,6 +929,7 @@ def test_pair_depends_on_seed_and_number_alone(pairs, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
 @pytest.mark.parametrize("after", [0.2, 1.5])
 def test_an_interruption_while_the_processes_begin_is_told_in_one_line(after, tmp_path):
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
     line = [
         sys.executable,
         str(ROOT / "GenerateStars.py"),
@@ -939,7 +940,9 @@ def test_an_interruption_while_the_processes_begin_is_told_in_one_line(after, tm
         "--save-dir",
         str(tmp_path / "new"),
     ]
-    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        line, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeding
+    ) as process:
         while not (tmp_path / "new").exists():  # now its own modules are there
             time.sleep(0.02)
         time.sleep(after)
