@@ -258,9 +258,7 @@ def check_arguments(parser, values):
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()  # answers --help and mistakes before Keras takes its seconds to load
     INTERRUPTED = signal.getsignal(signal.SIGINT)
-    if (
-        INTERRUPTED is signal.default_int_handler
-    ):  # until then Ctrl-C, if it is heeded, shall not show what it interrupts
+    if INTERRUPTED is signal.default_int_handler:  # heeded: until Keras is there without a traceback of its insides
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if sys.stderr is None:  # closed, or Windows without a console
@@ -748,11 +746,8 @@ def decode_tiff(path, tif, gray_or_rgb):
         pixels = decode(data)
     except BadInput as error:
         raise BadInput(f"{error}; its compression is {compression}") from None
-    planes, samples = (
-        page.planarconfig == 2 and page.samplesperpixel > 1,
-        pixels.reshape(*pixels.shape[:2], -1).shape[2],
-    )
-    fewer = gray_or_rgb and samples < page.samplesperpixel
+    planes = page.planarconfig == 2 and page.samplesperpixel > 1
+    fewer = gray_or_rgb and pixels[0, 0].size < page.samplesperpixel
     if planes or fewer or 8 * pixels.itemsize < page.bitspersample:
         raise BadInput(f"of this kind ({compression}) it cannot be read whole; save it as RGB or gray, uncompressed")
     return pixels
