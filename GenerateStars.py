@@ -4,7 +4,7 @@
     python GenerateStars.py --backgrounds photos SIDD_Small  photographs as backgrounds, painted skies between them
     python GenerateStars.py --no-color --imcount 200 --preview-pairs 12
 
-Each pair is x{i}.png (starry) and y{i}.png (star-free). It depends on --seed, its number i and the backgrounds alone.
+Each pair is x{i}.png (starry) and y{i}.png (star-free). It depends on --seed, its number i, what is asked for and the backgrounds alone.
 
 Convention: an image is float32 RGB, shape (height, width, channels), 0..1; lengths are pixels, angles radians,
 temperatures kelvin. "Linear" values are light, "display" values are what the stretched picture shows. OpenCV's BGR
@@ -55,7 +55,9 @@ class Settings:
     cpus: int = setting(0, "processes; 0 takes one for each CPU")
     color: bool = setting(True, "RGB pairs; --no-color makes grayscale ones")
     save_dir: str = setting("nox data", "folder for the pairs; made if missing")
-    seed: int = setting(0, "seed of everything random; pair i depends on seed, i and the photographs alone")
+    seed: int = setting(
+        0, "seed of everything random; pair i depends on seed, i, what is asked for and the photographs alone"
+    )
     size: int = setting(512, "height and width of a picture: room for halos and random 256-pixel crops")
     depth: int = setting(8, "bits per channel of the PNG files, 8 or 16")
     backgrounds: tuple[str, ...] = setting(
@@ -66,7 +68,9 @@ class Settings:
     catalog: bool = setting(
         False, "write each pair's stars as stars{i}.ecsv (x, y, flux, FWHM, temperature, population)"
     )
-    preview_pairs: int = setting(0, "write preview.png, a contact sheet of the first N pairs, starry above starless")
+    preview_pairs: int = setting(
+        0, "write preview.png, a contact sheet of the first N of these pairs, starry above starless"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -830,8 +834,7 @@ def point_spread(optics, dx, dy, channel, field=(0.0, 0.0)):
         ]
     total = sum(w for *_, w in paths)
     angle, q = optics.angle, np.sqrt(optics.axis_ratio)
-    fwhm = optics.fwhm * optics.chromatic[channel]
-    fwhm = fwhm * (1 + optics.seeing @ field)
+    fwhm = optics.fwhm * optics.chromatic[channel] * (1 + optics.seeing @ field)
     if optics.coma and radius > 0:  # in the corners stars point to the centre
         angle, q = azimuth, np.sqrt(1 - optics.field_stretch * radius**2)
         fwhm = fwhm * (1 + optics.field_blur * radius**2)
@@ -951,7 +954,6 @@ class Sprites:
     """
 
     def __init__(self, optics, field):
-        self.field = field
         self.radius = int(np.clip(np.ceil(3 * optics.fwhm), 10, 45))
         self.phases = phases = 5 if optics.fwhm < 4 else 3
         reach = self.radius * phases + phases - 1
@@ -1401,32 +1403,33 @@ def catalog_path(folder, index):
     return Path(folder) / f"stars{index}.ecsv"
 
 
-def finished(settings, index):
-    paths = pair_paths(settings.save_dir, index) + (catalog_path(settings.save_dir, index),) * settings.catalog
-    return all(path.exists() for path in paths)
-
-
 def save_pair(job):
-    """Make and write one pair in a worker process; returns None, or a line that says why it failed."""
+    """Make and write one pair in a worker process; returns None, or a line that says why it could not be made.
+
+    Raises OSError where it cannot be written: nor could the next.
+    """
     index, settings, photographs = job
     cv2.setNumThreads(1)  # the processes are the parallelism
     path = choose_photograph(index, settings, photographs)
     path_x, path_y = pair_paths(settings.save_dir, index)
     try:
         starry, starless, stars = make_pair(index, settings, path)
+    except Exception as error:  # one bad photograph must not end a long run; the exit status tells
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"pair {index} (seed {settings.seed}, background {path or 'painted'}): {reason}"
+    try:
+        path_x.unlink(missing_ok=True)  # all are there when x is: never a new y beside an old x
         if settings.catalog:
             stars.meta["background"] = path or "painted"
             text = io.StringIO()
             stars.write(text, format="ascii.ecsv")
             write_bytes(catalog_path(settings.save_dir, index), text.getvalue().encode())
-        path_x.unlink(missing_ok=True)  # both are there when x is: never a new y beside an old x
         write_png(path_y, starless, settings.depth)
         write_png(path_x, starry, settings.depth)
-    except Exception as error:  # one bad photograph must not end a long run; the exit status tells
+    finally:
         if not path_x.exists():
-            path_y.unlink(missing_ok=True)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return f"pair {index} (seed {settings.seed}, background {path or 'painted'}): {reason}"
+            for path in (path_y, catalog_path(settings.save_dir, index)):
+                path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1496,10 +1499,15 @@ def generate(settings):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made a folder ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"{folder}: may not be written to")
     indices = list(range(settings.start, settings.start + settings.imcount))
-    missing = [i for i in indices if settings.overwrite or not finished(settings, i)]
-    if len(missing) < len(indices):
-        print(f"{folder}: {len(indices) - len(missing)} of {len(indices)} pairs are there and kept (--overwrite: anew)")
+    there = [i for i in indices if not settings.overwrite and all(path.exists() for path in pair_paths(folder, i))]
+    missing = sorted(set(indices) - set(there))
+    if there:
+        bare = settings.catalog and sum(not catalog_path(folder, i).exists() for i in there)
+        bare = f", {bare} of them without a catalogue" if bare else ""
+        print(f"{folder}: {len(there)} of {len(indices)} pairs are there and kept{bare} (--overwrite: anew)")
     failed = 0
     with tqdm(total=len(missing), unit="pair", desc=str(folder)) as bar:
         for message in work(

@@ -29,6 +29,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import uuid
 import warnings
 import zlib
@@ -85,7 +86,9 @@ class Training:
     data: str = setting("nox data", "folder of pairs x*.png, y*.png (starry, star-free), or with original/, starless/")
     epochs: int = setting(100, "passes over the pairs in all; a finished run goes on when it is raised")
     patch_size: int = setting(256, "side of the random crops: wide enough for the halo of a bright star")
-    crops: int = setting(2, "crops of each pair in an epoch: what does not fit the cache is decoded once for them")
+    crops: int = setting(
+        2, "crops of each pair in an epoch: those in one batch share the decoding of what does not fit the cache"
+    )
     batch_size: int = setting(4, "crops a step: small ones learn more from the same pictures on a CPU")
     lr: float = setting(
         2e-4, "learning rate of the generator: 6e-4 is stable, but noisy; the discriminator's is a quarter"
@@ -100,7 +103,7 @@ class Training:
         0.0, "weight of the error of the grain where stars were; 0.3 keeps plugs from being smooth"
     )
     fill_weight: float = setting(5.0, "weight of the fill's squared error: where the gate errs, no hole shall show")
-    adversarial_from: int = setting(80, "epoch that brings in the discriminator; before, it costs nothing")
+    adversarial_from: int = setting(80, "epochs before the discriminator comes in; until then it costs nothing")
     adversarial_weight: float = setting(0.005, "weight of fooling the discriminator")
     feature_weight: float = setting(0.2, "weight of matching the discriminator's features")
     vgg_weight: float = setting(
@@ -118,6 +121,14 @@ class Training:
     workers: int = setting(2, "threads that read and augment pairs while the network runs")
     precision: str = setting("float32", "bfloat16 is faster on GPUs and on CPUs with AMX", choices=PRECISIONS)
     weights: str = setting("", "weights file to start from; colour weights can start the grayscale network")
+
+    @property
+    def loss(self):
+        """{name: value} of all that the loss depends on."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name in LOSS_WEIGHTS}
+
+
+LOSS_WEIGHTS = [field.name for field in dataclasses.fields(Training) if field.name.endswith("_weight")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,18 +232,7 @@ def check_arguments(parser, values):
     """End with one line for a number out of range."""
     at_least = dict(patch_size=1, stride=1, batch_size=1, epochs=1, width=1, levels=0, crops=1, save_freq=1, workers=1)
     at_least |= dict(patience=1, cooldown=0, warmup=0, adversarial_from=0, seed=0, clip=0, cache=0)
-    at_least |= {
-        name: 0
-        for name in (
-            "l1_weight",
-            "star_weight",
-            "fill_weight",
-            "texture_weight",
-            "adversarial_weight",
-            "feature_weight",
-            "vgg_weight",
-        )
-    }
+    at_least |= dict.fromkeys(LOSS_WEIGHTS, 0)
     for name, least in at_least.items():
         if not least <= getattr(values, name, least) < 2**31:  # nor not-a-number
             parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2^31")
@@ -248,9 +248,9 @@ def check_arguments(parser, values):
     if not -100 <= getattr(values, "shadows", 0) <= 100:
         parser.error("--shadows must be between -100 and 100")
     if values.command == "infer" and not values.images:
-        for name in ("output", "exclude", *OUTPUTS):
-            if getattr(values, name):
-                parser.error(f"--{name} needs a picture; none is named")
+        for name in ("output", *OUTPUTS, "exclude", "overwrite", "linear", "linked", "shadows", "target", "depth", "star_mode"):  # fmt: skip
+            if getattr(values, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} needs a picture; none is named")
     if values.command == "infer" and values.stride > values.patch_size:
         parser.error("--stride must not exceed --patch-size, or tiles would leave gaps")
 
@@ -294,9 +294,15 @@ def silenced():
         os.close(sink)
 
 
-with silenced():
-    import keras
-    from keras import layers, ops
+try:
+    with silenced():
+        import keras
+        from keras import layers, ops
+except (ImportError, ValueError) as error:  # of a backend that is not there, or is none
+    if __name__ != "__main__":
+        raise
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    sys.exit(f"nox.py: Keras does not load with KERAS_BACKEND={backend}: {' '.join(str(error).split())}")
 
 if keras.backend.backend() == "openvino":
     import openvino
@@ -1152,7 +1158,7 @@ def find_pairs(folder):
     """[(starry path, star-free path)] of a folder in the order of their numbers.
 
     Pairs are x*.png and y*.png (or .tif), or, as StarNet keeps them, files of one name in original/ and starless/.
-    Raises BadInput for a folder that is missing or empty and for a picture without its partner.
+    Raises BadInput for a folder that is missing or empty and for a picture without its partner or with two.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -1160,17 +1166,27 @@ def find_pairs(folder):
     places = [(folder / name, "") for name in ("original", "starless")]
     if not all(place.is_dir() for place, _ in places):
         places = [(folder, "x"), (folder, "y")]
-    starry, starless = (
-        {f.stem[len(prefix) :]: f for f in place.glob(f"{prefix}*") if f.suffix.lower() in PAIR_FILES}
-        for place, prefix in places
-    )
+    starry, starless = (pictures_by_stem(place, prefix) for place, prefix in places)
     for some, others, (place, prefix) in (starry, starless, places[1]), (starless, starry, places[0]):
         for stem in sorted(some.keys() - others.keys()):
             raise BadInput(f"{some[stem]}: its partner {place.name}/{prefix}{stem}{some[stem].suffix} is missing")
     if not starry:
-        raise BadInput(f"{folder}: no pairs x*.png, y*.png in it; python GenerateStars.py makes them")
-    order = sorted(starry, key=lambda stem: (int(stem) if stem.isdigit() else sys.maxsize, stem))
+        raise BadInput(
+            f"{folder}: no pairs x*.png, y*.png in it, nor original/ and starless/; python GenerateStars.py makes some"
+        )
+    order = sorted(starry, key=lambda stem: (int(stem) if stem.isdecimal() else sys.maxsize, stem))
     return [(starry[stem], starless[stem]) for stem in order]
+
+
+def pictures_by_stem(place, prefix):
+    """{name without prefix and extension: file} of the pictures in a folder; raises BadInput for one name twice."""
+    found = {}
+    for file in sorted(place.glob(f"{prefix}*")):
+        if file.suffix.lower() in PAIR_FILES and not file.name.startswith("."):
+            other = found.setdefault(file.stem[len(prefix) :], file)
+            if other != file:
+                raise BadInput(f"{other} and {file.name}: which of them is the pair's? Move one away")
+    return found
 
 
 def split_pairs(pairs, validation, seed):
@@ -1198,10 +1214,10 @@ def read_pair(paths, n_channels):
 
     A colour pair read for one channel keeps all three, of which a crop takes one.
     """
-    pair = [read_picture(path).pixels for path in paths]
+    pair = [(picture := read_picture(path)).in_depth(picture.pixels.dtype, from_zero=True).pixels for path in paths]
     if pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
         raise BadInput(f"{paths[0]} and {paths[1]}: not of the same size, channels and depth")
-    if pair[0].dtype.kind != "u":
+    if pair[0].dtype not in (np.uint8, np.uint16):
         raise BadInput(f"{paths[0]}: pairs are of 8 or 16 bits, not {pair[0].dtype}")
     return [np.repeat(p, 3, axis=2) if n_channels == 3 and p.shape[2] == 1 else p for p in pair]
 
@@ -1223,8 +1239,8 @@ class Pairs(keras.utils.PyDataset):
 
     num_batches = None  # endless, to Keras
 
-    def __init__(self, pairs, settings, n_channels, augment, devices=1):
-        """devices: each batch is a multiple of these; some crops of the last of an epoch come twice."""
+    def __init__(self, pairs, settings, n_channels, augment, devices=1, share=1.0):
+        """devices: each batch is a multiple of these; some crops of the last of an epoch come twice. share: of the cache."""
         super().__init__(workers=settings.workers, max_queue_size=8)
         self.devices = devices
         self.pairs, self.settings, self.n_channels, self.augment = pairs, settings, n_channels, augment
@@ -1232,7 +1248,8 @@ class Pairs(keras.utils.PyDataset):
         self.steps = -(-len(pairs) * self.crops // settings.batch_size)
         self.start = 0
         self.broken = None
-        self.kept, self.room = {}, settings.cache * 2**30  # decoded pairs by their files, bytes that are still free
+        self.kept, self.room = {}, share * settings.cache * 2**30  # decoded pairs by their files, bytes still free
+        self.lock = threading.Lock()  # workers are threads, and two may have read one pair
 
     def __getitem__(self, index):
         seed, (epoch, step) = self.settings.seed, divmod(index + self.start * self.steps, self.steps)
@@ -1257,9 +1274,10 @@ class Pairs(keras.utils.PyDataset):
             return self.kept[paths]
         pair = read_pair(paths, self.n_channels)
         size = sum(picture.nbytes for picture in pair)
-        if size <= self.room:
-            self.room -= size
-            self.kept[paths] = pair
+        with self.lock:
+            if size <= self.room and paths not in self.kept:
+                self.room -= size
+                self.kept[paths] = pair
         return pair
 
     def crop(self, rng, paths, starry, starless):
@@ -1528,7 +1546,7 @@ def build_discriminator(n_channels, width=32):
     return keras.Model(image, [*features, layers.Conv2D(1, 3, padding="same")(x)], name="discriminator")
 
 
-OUT_OF_MEMORY = re.compile("[Oo]ut of memory|OOM|RESOURCE_EXHAUSTED|DefaultCPUAllocator")  # in the backends' words
+OUT_OF_MEMORY = re.compile(r"[Oo]ut of memory|\bOOM\b|RESOURCE_EXHAUSTED|DefaultCPUAllocator")  # in the backends' words
 
 
 def first_line(error):
@@ -1566,7 +1584,7 @@ def relative_l1(starry, truth, starless, star_weight):
     """Weighted absolute error of each image over that of the starry one, mean over the batch: changing nothing gives 1.
 
     Star pixels weigh more, those of faint light the most: light is how much the stars add, 0.02 of it makes a full star
-    pixel, and the quotient makes faint light weigh 3 times light of half the range. Knots and galaxies, which would be
+    pixel, and the quotient makes faint light weigh 5 times light of half the range. Knots and galaxies, which would be
     given up for the stars that look like them, weigh a third as much, by how far they stand out of their surroundings:
     at the full weight stars that look like galaxies stayed (measured). All other pixels weigh 1 and hold the background
     where it is. The ratio lets crowded and nearly empty pictures count alike: by their plain errors a few crowded ones
@@ -1615,14 +1633,16 @@ def qualities(starry, truth, starless, compared=...):
     """What is reported but not trained for: PSNR in dB of whole images, of star pixels and of the others, and SSIM.
 
     compared: the part whose SSIM is taken; that of one small crop was already a tenth of a training step (measured).
+    Returns {name: (value, weight in a mean over batches)}, the weight 0 where a batch has no such pixel.
     """
     stars = ops.cast(ops.any(starry != truth, axis=-1), "float32")  # (batch, height, width), as the errors
     errors = ops.mean(ops.square(starless - truth), axis=-1)
     parts = {"psnr_stars": stars, "psnr_background": 1 - stars}
+    means = {name: decibels(ops.sum(part * errors) / (ops.sum(part) + 1e-6)) for name, part in parts.items()}
     return {
-        "psnr": ops.mean(decibels(ops.mean(errors, axis=(1, 2)))),
-        **{name: decibels(ops.sum(part * errors) / (ops.sum(part) + 1e-6)) for name, part in parts.items()},
-        "ssim": ops.mean(ops.image.ssim(starless[compared], truth[compared])),
+        "psnr": (ops.mean(decibels(ops.mean(errors, axis=(1, 2)))), 1.0),
+        **{name: (value, ops.cast(ops.any(parts[name] > 0), "float32")) for name, value in means.items()},
+        "ssim": (ops.mean(ops.image.ssim(starless[compared], truth[compared])), 1.0),
     }
 
 
@@ -1712,8 +1732,10 @@ class Nox(keras.Model):
             side = max(s.patch_size // 2, 64)
             images, ssim = (image[:, :side, :side] for image in images), np.s_[:1, :64, :64]
         found = qualities(*images, compared=ssim)
-        for name, value in {"generator": generator, **terms, **found}.items():
+        for name, value in {"generator": generator, **terms}.items():
             self.trackers[name].update_state(value)
+        for name, (value, weight) in found.items():
+            self.trackers[name].update_state(value, sample_weight=weight)
         if self.adversarial:
             return (generator + terms["discriminator"]) / self.losses_added
         # every weight needs a gradient, if only of zero, on all backends
@@ -1947,16 +1969,18 @@ class History(keras.callbacks.Callback):
     It comes first of the callbacks and ends a run whose loss is not finite, before a good state is written over.
 
     ema is per step, the row per epoch of n steps: the average moves by 1 - ema^n towards the epoch's mean and is
-    corrected for its start at zero, so it is restored from the last row alone. It starts anew with the adversary, who
-    adds terms to the loss.
+    corrected for its start at zero, so it is restored from the last row alone. It starts anew where the loss becomes
+    another: with the adversary, who adds terms to it, and with other weights of its terms.
     """
 
     SMOOTHED = ("generator", "psnr", "val_generator", "val_psnr")
 
-    def __init__(self, path, copy, ema, steps, start):
-        """path: the run's own file, in its checkpoint; copy: where the user looks; start: epoch to go on from."""
+    def __init__(self, path, copy, ema, steps, start, since=0):
+        """path: the run's own file, in its checkpoint; copy: where the user looks; start: epoch to go on from; since:
+        the first with the loss's weights of today.
+        """
         super().__init__()
-        self.path, self.copy, self.keep = path, copy, ema**steps
+        self.path, self.copy, self.keep, self.since = path, copy, ema**steps, since
         if path.exists():  # an epoch that ended, but whose checkpoint was not written any more, is run again
             write_bytes(path, self.rows(start).to_csv(index=False).encode())
 
@@ -1969,10 +1993,10 @@ class History(keras.callbacks.Callback):
             raise BadInput(f"{self.path}: cannot be read; move it away to go on without the rows in it") from None
 
     def comparable(self, before=sys.maxsize):
-        """Those of them whose loss has the terms that it has now."""
+        """Those of them whose loss is the one that it is now."""
         table = self.rows(before)
         had = table["discriminator"].notna() if "discriminator" in table else np.zeros(len(table), bool)
-        return table[had == self.model.adversarial]
+        return table[(had == self.model.adversarial) & (table["epoch"] >= self.since)]
 
     def on_epoch_end(self, epoch, logs=None):
         if not np.isfinite(logs["generator"]):
@@ -2024,17 +2048,15 @@ class Checkpoint(keras.callbacks.Callback):
         return {int(match[1]): self.folder / match[0] for match in found if match}
 
     def restore(self, model):
-        """Load the last state into a compiled model; returns the number of epochs done."""
+        """Load the last state into a compiled model."""
         files = self.files()
-        done = max(files, default=0)
-        if files:
-            try:
-                with warnings.catch_warnings(action="error", category=UserWarning):
-                    model.load_weights(files[done])  # Keras leaves an optimizer that does not fit out, with a warning
-            except Exception as error:  # Keras and h5py raise various types
-                advice = "go on with the settings it was begun with, or move the folder away"
-                raise BadInput(f"{files[done]}: does not fit ({first_line(error)}); {advice}") from None
-        return done
+        file = files[max(files)]
+        try:
+            with warnings.catch_warnings(action="error", category=UserWarning):
+                model.load_weights(file)  # Keras leaves an optimizer that does not fit out, with a warning
+        except Exception as error:  # Keras and h5py raise various types
+            advice = "go on with the settings it was begun with, or move the folder away"
+            raise BadInput(f"{file}: does not fit ({first_line(error)}); {advice}") from None
 
     def save(self, model, done):
         """Write the state after so many epochs in place of the one before."""
@@ -2064,13 +2086,19 @@ class Outputs(keras.callbacks.Callback):
         self.generator = build_generator(architecture)
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.settings.save_freq and epoch + 1 != self.settings.epochs:
-            return
+        if (epoch + 1) % self.settings.save_freq == 0 or epoch + 1 == self.settings.epochs:
+            self.write(epoch)
+
+    def write(self, epoch):
+        """Write all of them as they are after that epoch."""
         take_average(self.generator, self.model)
         save_weights(self.generator, self.architecture, self.architecture.weights_name, self.run)
         write_plot("training.png", pd.read_csv(self.history.path))
         paths = self.pairs[np.random.default_rng([self.settings.seed, epoch]).integers(len(self.pairs))]
-        show_pair(self.generator, self.architecture, paths, Inference(patch_size=512, stride=448))
+        pair = map(to_unit, read_pair(paths, self.architecture.n_channels))
+        if self.architecture.n_channels == 1:  # of colours the green one, as in validation
+            pair = (image[..., image.shape[2] // 2, None] for image in pair)
+        show_pair(self.generator, self.architecture, *pair, Inference(patch_size=512, stride=448))
 
 
 def take_average(generator, model):
@@ -2118,16 +2146,15 @@ def set_aside(path):
     print(f"{path} was not written by this run and is kept as {free}")
 
 
-def open_run(folder, architecture, weights="", seed=None):
+def open_run(folder, architecture, weights="", seed=None, validation=False):
     """The record of the run whose checkpoint is in the folder, a new one if there is none.
 
-    It has the run's id and architecture and, from its first state on, the learning rate asked for, the weights it
-    started from, the seed and the fingerprint of its pairs. Clears the way for the run's files. weights, seed: asked for.
+    It has the run's id and architecture and, from its first state on, what was asked for that a later call may not
+    change, or not unnoticed. weights, seed, validation: asked for now.
     """
     record = folder / "run.json"
     run = {"id": uuid.uuid4().hex, "architecture": dataclasses.asdict(architecture)}
-    fresh = not record.exists()
-    if not fresh:
+    if record.exists():
         try:
             run = json.loads(record.read_text())
             found = Architecture(**run["architecture"])
@@ -2137,10 +2164,18 @@ def open_run(folder, architecture, weights="", seed=None):
             raise BadInput(f"{folder}: holds a run with {found.flags}; go on with these, or move the folder away")
         if seed != run.get("seed", seed):  # it has decided which pairs are held back
             raise BadInput(f"{folder}: holds a run with --seed {run['seed']}; go on with it, or move the folder away")
+        if validation and not run.get("validation", True):
+            raise BadInput(f"{folder}: holds a run that has trained on all pairs; go on with --no-validation")
         if weights and Path(weights).resolve() != Path(run.get("weights", weights)).resolve():
             start = run["weights"] or "random weights"
             raise BadInput(f"{folder}: holds a run begun from {start}; leave --weights out, or move the folder away")
-    output = Path(architecture.weights_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def clear_the_way(folder, architecture, run):
+    """Set aside weights and a history that the run whose checkpoint is in the folder did not write."""
+    output, history = Path(architecture.weights_name), Path("history.csv")
     if output.exists():
         try:
             owner = inspect_weights(output)[1]
@@ -2148,12 +2183,8 @@ def open_run(folder, architecture, weights="", seed=None):
             owner = ""
         if owner != run["id"]:
             set_aside(output)
-    if fresh and Path("history.csv").exists():
-        set_aside("history.csv")
-    folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        write_bytes(record, json.dumps(run).encode())
-    return run
+    if history.exists() and not (folder / history.name).exists():
+        set_aside(history)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2259,8 +2290,10 @@ def train_within(architecture, settings, devices):
         raise BadInput(f"--patch-size {settings.patch_size}: must be a multiple of {architecture.multiple} (2^levels)")
     found = find_pairs(settings.data)
     pairs, held = split_pairs(found, settings.validation, settings.seed)
-    data = Pairs(pairs, settings, architecture.n_channels, augment=True, devices=devices.count)
-    check = Pairs(held, settings, architecture.n_channels, augment=False, devices=devices.count) if held else None
+    data, check = (
+        Pairs(some, settings, architecture.n_channels, augment, devices.count, len(some) / len(found)) if some else None
+        for some, augment in ((pairs, True), (held, False))
+    )
     for some in filter(None, (data, check)):
         some[0]  # names a pair that cannot be used before anything starts
     model = (NoxOfMachines if devices.machines else Nox)(architecture, settings, devices.losses)
@@ -2278,11 +2311,19 @@ def train_within(architecture, settings, devices):
                 "their last epoch; copy the checkpoint of one to the others": max(checkpoint.files(), default=-1),
             }
         )
-    run = open_run(folder, architecture, settings.weights, settings.seed)
-    asked = {"lr": settings.lr, "weights": settings.weights, "seed": settings.seed, "pairs": fingerprint(found)}
-    checkpoint.record = run | asked | {"weights": run.get("weights", settings.weights)}
-    if run.get("pairs", asked["pairs"]) != asked["pairs"]:
+    run = open_run(folder, architecture, settings.weights, settings.seed, settings.validation)
+    start, pairs_now = max(checkpoint.files(), default=0), fingerprint(found)
+    if run.get("pairs", pairs_now) != pairs_now:
         print(f"{settings.data}: pairs have changed since the last epoch of this run, which goes on with these")
+    checkpoint.record = run | {
+        "lr": settings.lr,
+        "seed": settings.seed,
+        "pairs": pairs_now,
+        "weights": run.get("weights", settings.weights),
+        "validation": settings.validation and run.get("validation", True),
+        "loss": settings.loss,
+        "since": run.get("since", 0) if run.get("loss", settings.loss) == settings.loss else start,
+    }
 
     optimizer = Muon(
         slow=model.discriminator.trainable_variables, warmup=settings.warmup, learning_rate=settings.lr,
@@ -2292,19 +2333,26 @@ def train_within(architecture, settings, devices):
     model.compile(optimizer=optimizer, jit_compile=JIT)
     optimizer.build(model.trainable_variables)  # now, or TensorFlow traces the first step twice
     if not checkpoint.files():
-        checkpoint.save(model, 0)  # at once: the weights it starts from may just have been renamed
-    start = checkpoint.restore(model)
+        checkpoint.save(model, 0)  # before the weights that it starts from are renamed
+    checkpoint.restore(model)
+    clear_the_way(folder, architecture, run)
     if run.get("lr", settings.lr) != settings.lr:  # another one is meant; the same leaves what the plateaus made of it
         optimizer.learning_rate = settings.lr
-    history = History(folder / "history.csv", Path("history.csv"), settings.ema, data.steps, start)
+    history = History(
+        folder / "history.csv", Path("history.csv"), settings.ema, data.steps, start, checkpoint.record["since"]
+    )
+    outputs = Outputs(architecture, settings, run["id"], held or pairs, history)
     monitor = "ema_val_generator" if held else "ema_generator"
     callbacks = [
         history,
         Plateau(history, monitor=monitor, patience=settings.patience, cooldown=settings.cooldown),
-        Outputs(architecture, settings, run["id"], held or pairs, history),
+        outputs,
         checkpoint,
     ]
     print(f"{len(pairs)} pairs to train on, {len(held)} to judge by, {start} of {settings.epochs} epochs done")
+    if start >= settings.epochs:  # it ended between two epochs of --save-freq, or its weights are gone
+        outputs.set_model(model)
+        outputs.write(start - 1)
     for last, model.adversarial in ((min(settings.adversarial_from, settings.epochs), False), (settings.epochs, True)):
         if start < last:
             optimizer.resting = not model.adversarial
@@ -2320,13 +2368,15 @@ def fit(model, data, check, **options):
         steps = {"steps_per_epoch": data.steps, "validation_steps": check and check.steps}
         model.fit(data, validation_data=check, shuffle=False, **steps, **options)
     except Exception as error:
+        if broken := data.broken or (check and check.broken):
+            raise broken from None
         if OUT_OF_MEMORY.search(str(error)):
             raise BadInput("out of memory; lower --batch-size or --patch-size, the last epoch is kept") from None
         if type(error).__name__ == "UnavailableError":  # TensorFlow's
             raise BadInput(
                 "TF_CONFIG: another machine is gone; the last epoch is kept, all can go on from it"
             ) from None
-        raise data.broken or (check and check.broken) or error from None
+        raise
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2904,11 +2954,8 @@ def in_channels(picture, n_channels):
     return picture.gray() if n_channels == 1 else picture
 
 
-def show_pair(generator, architecture, paths, settings):
-    """Write input.png, output.png and gt.png of a pair; returns PSNR of input and of output against the truth."""
-    starry, truth = (to_unit(pixels) for pixels in read_pair(paths, architecture.n_channels))
-    if architecture.n_channels == 1:
-        starry, truth = starry[..., :1], truth[..., :1]
+def show_pair(generator, architecture, starry, truth, settings):
+    """Write input.png, output.png and gt.png of a pair of images; returns PSNR of input and of output against truth."""
     starless = starry - settings.strength * whole_starlight(
         Picture(starry), settings, lambda weights: (generator, architecture)
     )
@@ -2920,8 +2967,9 @@ def show_pair(generator, architecture, paths, settings):
 def infer_pair(settings):
     """Try the weights on a random pair of the data."""
     paths = random.choice(find_pairs(settings.data))
-    generator, architecture = load_generator(weights_for(settings, settings.n_channels or 3))
-    before, after = show_pair(generator, architecture, paths, settings)
+    pair = [in_channels(Picture(pixels), settings.n_channels) for pixels in read_pair(paths, 1)]
+    generator, architecture = load_generator(weights_for(settings, pair[0].pixels.shape[2]))
+    before, after = show_pair(generator, architecture, *(picture.image() for picture in pair), settings)
     print(f"{paths[0]}: PSNR against {paths[1].name} {before:.2f} dB before, {after:.2f} dB after")
 
 

@@ -996,11 +996,22 @@ def test_resume_keeps_finished_pairs_makes_the_missing_and_says_so(pairs):
         (folder / "x0.png").write_bytes(before["x0.png"])
 
 
-def test_unfinished_is_a_pair_without_its_catalogue_when_one_is_asked(tmp_path):
+def test_a_catalogue_that_is_asked_for_later_costs_no_pair(tmp_path, capsys):
     for path in gs.pair_paths(tmp_path, 0):
-        path.touch()
-    assert gs.finished(gs.Settings(save_dir=str(tmp_path)), 0)
-    assert not gs.finished(gs.Settings(save_dir=str(tmp_path), catalog=True), 0)
+        path.write_bytes(b"mine")
+    asked = ["--imcount", "1", "--size", "32", "--catalog", "--save-dir", str(tmp_path)]
+    gs.main(asked)
+    assert "1 of 1 pairs are there and kept, 1 of them without a catalogue" in capsys.readouterr().out
+    assert [(tmp_path / name).read_bytes() for name in names(tmp_path)] == [b"mine"] * 2
+    gs.main([*asked, "--overwrite", "--cpus", "1"])
+    assert names(tmp_path) == ["stars0.ecsv", "x0.png", "y0.png"]
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(gs.os, "access", lambda path, mode: False)
+    with pytest.raises(SystemExit, match="may not be written to"):
+        gs.main(["--imcount", "1", "--save-dir", str(tmp_path)])
+    assert names(tmp_path) == []
 
 
 def test_gray_pairs_of_16_bits_over_photographs_past_a_corrupt_one(tmp_path):
@@ -1094,7 +1105,8 @@ def test_of_a_pair_whose_second_picture_cannot_be_written_the_first_goes_too(tmp
         whole(path, image, depth)
 
     monkeypatch.setattr(gs, "write_png", full)
-    assert "disk full" in gs.save_pair((0, gs.Settings(size=32, save_dir=str(tmp_path)), []))
+    with pytest.raises(OSError, match="disk full"):  # it ends the run: the next would not find room either
+        gs.save_pair((0, gs.Settings(size=32, save_dir=str(tmp_path), catalog=True), []))
     assert names(tmp_path) == []
 
 
