@@ -2169,7 +2169,9 @@ def open_run(folder, architecture, weights="", seed=None, validation=False):
         if weights and Path(weights).resolve() != Path(run.get("weights", weights)).resolve():
             start = run["weights"] or "random weights"
             raise BadInput(f"{folder}: holds a run begun from {start}; leave --weights out, or move the folder away")
-    folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(record, json.dumps(run).encode())
     return run
 
 
