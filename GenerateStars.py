@@ -4,7 +4,8 @@
     python GenerateStars.py --backgrounds photos SIDD_Small  photographs as backgrounds, painted skies between them
     python GenerateStars.py --no-color --imcount 200 --preview-pairs 12
 
-Each pair is x{i}.png (starry) and y{i}.png (star-free). It depends on --seed, its number i, what is asked for and the backgrounds alone.
+Each pair is x{i}.png (starry) and y{i}.png (star-free). It depends on --seed, its number i, its size and colour and
+the backgrounds alone.
 
 Convention: an image is float32 RGB, shape (height, width, channels), 0..1; lengths are pixels, angles radians,
 temperatures kelvin. "Linear" values are light, "display" values are what the stretched picture shows. OpenCV's BGR
@@ -55,9 +56,7 @@ class Settings:
     cpus: int = setting(0, "processes; 0 takes one for each CPU")
     color: bool = setting(True, "RGB pairs; --no-color makes grayscale ones")
     save_dir: str = setting("nox data", "folder for the pairs; made if missing")
-    seed: int = setting(
-        0, "seed of everything random; pair i depends on seed, i, what is asked for and the photographs alone"
-    )
+    seed: int = setting(0, "seed of everything random; pair i depends on it, i, its size, colour and backgrounds alone")
     size: int = setting(512, "height and width of a picture: room for halos and random 256-pixel crops")
     depth: int = setting(8, "bits per channel of the PNG files, 8 or 16")
     backgrounds: tuple[str, ...] = setting(
@@ -1500,14 +1499,14 @@ def generate(settings):
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made a folder ({error.strerror})") from None
     if not os.access(folder, os.W_OK):
-        raise BadInput(f"{folder}: may not be written to")
+        raise BadInput(f"{folder}: this folder cannot be written to")
     indices = list(range(settings.start, settings.start + settings.imcount))
     there = [i for i in indices if not settings.overwrite and all(path.exists() for path in pair_paths(folder, i))]
     missing = sorted(set(indices) - set(there))
     if there:
-        bare = settings.catalog and sum(not catalog_path(folder, i).exists() for i in there)
-        bare = f", {bare} of them without a catalogue" if bare else ""
-        print(f"{folder}: {len(there)} of {len(indices)} pairs are there and kept{bare} (--overwrite: anew)")
+        bare = sum(not catalog_path(folder, i).exists() for i in there) if settings.catalog else 0
+        more = f", {bare} of them without a catalogue" if bare else ""
+        print(f"{folder}: {len(there)} of {len(indices)} pairs are there and kept{more} (--overwrite: anew)")
     failed = 0
     with tqdm(total=len(missing), unit="pair", desc=str(folder)) as bar:
         for message in work(

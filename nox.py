@@ -1214,7 +1214,8 @@ def read_pair(paths, n_channels):
 
     A colour pair read for one channel keeps all three, of which a crop takes one.
     """
-    pair = [(picture := read_picture(path)).in_depth(picture.pixels.dtype, from_zero=True).pixels for path in paths]
+    pictures = map(read_picture, paths)
+    pair = [picture.in_depth(picture.pixels.dtype, from_zero=True).pixels for picture in pictures]  # white is white
     if pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
         raise BadInput(f"{paths[0]} and {paths[1]}: not of the same size, channels and depth")
     if pair[0].dtype not in (np.uint8, np.uint16):
@@ -2062,7 +2063,8 @@ class Checkpoint(keras.callbacks.Callback):
         """Write the state after so many epochs in place of the one before."""
         size = 4 * sum(math.prod(v.shape) for v in [*model.weights, *model.optimizer.variables])
         if shutil.disk_usage(self.folder).free < 1.1 * size + 2**20:  # HDF5 does not survive a disk that fills up
-            raise BadInput(f"{self.folder}: no room on the disk for {size / 1e6:.0f} MB; the last epoch is kept")
+            kept = "; the last epoch is kept" if done else ""
+            raise BadInput(f"{self.folder}: no room on the disk for {size / 1e6:.0f} MB{kept}")
         earlier, file = self.files().values(), self.folder / f"epoch{done}.weights.h5"
         temporary = self.folder / "writing.weights.h5"
         model.save_weights(temporary, overwrite=True)

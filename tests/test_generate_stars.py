@@ -1009,7 +1009,7 @@ def test_a_catalogue_that_is_asked_for_later_costs_no_pair(tmp_path, capsys):
 
 def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(gs.os, "access", lambda path, mode: False)
-    with pytest.raises(SystemExit, match="may not be written to"):
+    with pytest.raises(SystemExit, match="this folder cannot be written to"):
         gs.main(["--imcount", "1", "--save-dir", str(tmp_path)])
     assert names(tmp_path) == []
 
