@@ -29,6 +29,11 @@ import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    INTERRUPTED = signal.getsignal(signal.SIGINT)
+    if INTERRUPTED is signal.default_int_handler:  # heeded: without a traceback from within what is loaded here
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import cv2
 import numpy as np
 from astropy import units
@@ -1568,4 +1573,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, INTERRUPTED)
     main()

@@ -952,6 +952,18 @@ def test_an_interruption_while_the_processes_begin_is_told_in_one_line(after, tm
     assert [text for text in re.split(r"[\r\n]+", told) if text and "pair" not in text.split(":")[-1]] == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_an_interruption_while_its_packages_load_shows_nothing_of_them(tmp_path):
+    (tmp_path / "cv2.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(60)"
+    )
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+    line = [sys.executable, str(ROOT / "GenerateStars.py"), "--save-dir", str(tmp_path / "new")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(line, capture_output=True, timeout=60, env=environment, preexec_fn=heeding)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="kills without a signal")
 def test_a_run_that_is_ended_leaves_no_process_behind(tmp_path):
     line = [
