@@ -1874,13 +1874,13 @@ def load_weights(generator, path):
     path = Path(path).resolve()
     with h5py.File(path) as file:
         ours = "nox" in file.attrs
-    try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
-            copy = Path(folder) / ("copy.weights.h5" if ours else "copy.h5")  # Keras goes by the name, not the content
-            shutil.copyfile(path, copy)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+        copy = Path(folder) / ("copy.weights.h5" if ours else "copy.h5")  # Keras goes by the name, not the content
+        shutil.copyfile(path, copy)
+        try:
             generator.load_weights(copy)
-    except Exception as error:  # Keras and h5py raise various types
-        raise BadInput(f"{path}: does not fit the network ({first_line(error)})") from None
+        except Exception as error:  # Keras and h5py raise various types
+            raise BadInput(f"{path}: does not fit the network ({first_line(error)})") from None
 
 
 def load_generator(path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib
 import io
@@ -166,6 +167,17 @@ def test_weights_that_are_none_are_named_and_nothing_written(kind, folder):
     before = names(folder)
     assert name in mistake("infer", "a.png", "--weights", name)
     assert names(folder) == before
+
+
+def test_a_full_disk_for_temporary_files_is_not_told_as_a_fault_of_the_weights(folder, weights, monkeypatch):
+    write("a.png", noise(40, 40, 3))
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(nox.shutil, "copyfile", full)
+    message = mistake("infer", "a.png", "--weights", weights["random", 3])
+    assert os.strerror(errno.ENOSPC) in message and "random3.h5" not in message
 
 
 def test_weights_for_the_other_kind_of_picture_are_told_with_the_flag_that_helps(folder, weights):
