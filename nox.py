@@ -119,7 +119,11 @@ class Training:
     seed: int = setting(0, "seed of crops, order and split")
     cache: float = setting(2.0, "gigabytes of decoded pairs to keep in memory: decoding a PNG is most of the reading")
     workers: int = setting(2, "threads that read and augment pairs while the network runs")
-    precision: str = setting("float32", "bfloat16 is faster on GPUs and on CPUs with AMX", choices=PRECISIONS)
+    precision: str = setting(
+        "float32",
+        "bfloat16 is faster on GPUs and on CPUs with AMX or AVX-512 BF16, far slower on others",
+        choices=PRECISIONS,
+    )
     weights: str = setting("", "weights file to start from; colour weights can start the grayscale network")
 
     @property
@@ -141,7 +145,9 @@ class Inference:
     )
     weights: str = setting("", "weights file; by default generator_color.h5 or generator_grayscale.h5 beside nox.py")
     precision: str = setting(
-        "float32", "bfloat16 is faster on GPUs and on CPUs with AMX, but rounds bright stars", choices=PRECISIONS
+        "float32",
+        "bfloat16 is faster on GPUs and on CPUs with AMX or AVX-512 BF16, far slower on others; it rounds bright stars",
+        choices=PRECISIONS,
     )
     data: str = setting("nox data", "folder of pairs for a call without a picture")
     linear: str = setting(
