@@ -121,7 +121,7 @@ class Training:
     workers: int = setting(2, "threads that read and augment pairs while the network runs")
     precision: str = setting(
         "float32",
-        "bfloat16 is faster on GPUs and on CPUs with AMX or AVX-512 BF16, far slower on others",
+        "bfloat16 is faster on GPUs and on CPUs with AMX or AVX-512 BF16, far slower with AVX2 alone",
         choices=PRECISIONS,
     )
     weights: str = setting("", "weights file to start from; colour weights can start the grayscale network")
@@ -146,7 +146,7 @@ class Inference:
     weights: str = setting("", "weights file; by default generator_color.h5 or generator_grayscale.h5 beside nox.py")
     precision: str = setting(
         "float32",
-        "bfloat16 is faster on GPUs and on CPUs with AMX or AVX-512 BF16, far slower on others; it rounds bright stars",
+        "bfloat16 is faster on GPUs and on CPUs with AMX or AVX-512 BF16, but rounds bright stars",
         choices=PRECISIONS,
     )
     data: str = setting("nox data", "folder of pairs for a call without a picture")
