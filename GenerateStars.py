@@ -123,6 +123,9 @@ POPULATIONS = {
 }  # fmt: skip
 STARLESS_CHANCE = 0.08  # no star at all: nothing may be taken, not even galaxies that look like stars
 SPARSE_CHANCE, SPARSE = 0.25, Range(0.02, 0.3, True)  # share that is left of all stars but giants and beacons
+MULTIPLE_SHARE, COMPANIONS = Range(0.003, 0.3, True), 1.0  # share of stars with companions; mean beyond the first
+COMPANION_SEPARATION = Range(0.5, 6, True)  # in FWHM: as many in each octave, after Opik 1924
+COMPANION_MAGNITUDES = Range(0, 4)  # fainter than their star
 CONFUSION = 0.3  # most stars of a population in a square of the FWHM's side: more are a glow, which is to stay
 MARGIN = 0.06  # stars are drawn so far outside the frame, over its side: their halos reach in
 EXCESS = 3e5  # most light of a beacon over a just saturated star's: 14 magnitudes
@@ -897,7 +900,7 @@ def draw_stars(rng, shape, optics, visible_flux, share=1.0, places=()):
     for name, population in POPULATIONS.items():
         left = chance(rng, population.chance) * (np.sign(share) if name in ("giants", "beacons") else share)
         tables.append(draw_population(rng, name, left, shape, optics, visible_flux))
-    stars = vstack(tables)
+    stars = within_margin(vstack(tables), shape)
     order = np.argsort(-stars["flux"].data)
     bright, faint = (list(rng.permutation(part)) for part in np.split(order, [BRIGHTER * len(places)]))
     for x, y, is_bright in places:
@@ -905,6 +908,8 @@ def draw_stars(rng, shape, optics, visible_flux, share=1.0, places=()):
         if candidates and abs(x - width / 2) < width / 2 and abs(y - height / 2) < height / 2:
             star = candidates.pop()
             stars["x"][star], stars["y"][star] = x, y
+    companions = draw_companions(rng.spawn(1)[0], stars)  # with a stream of its own: what is drawn next stays the same
+    stars = within_margin(vstack([stars, companions]), shape)
     edge = [2 * stars["x"].data / width - 1, 2 * stars["y"].data / height - 1]
     stars["fwhm"] *= 1 + optics.seeing @ edge
     return stars
@@ -922,7 +927,6 @@ def draw_population(rng, name, share, shape, optics, visible_flux):
     if population.spread:  # a cluster: Gaussian clump round a random centre
         radius = population.spread(rng) * max(shape)
         x, y = rng.normal(rng.uniform(0, width), radius, count), rng.normal(rng.uniform(0, height), radius, count)
-    near = (np.abs(x - width / 2) < width / 2 + margin) & (np.abs(y - height / 2) < height / 2 + margin)
     flux = visible_flux(population.faintest(rng))
     if population.disc:
         edge = population.disc(rng, count)
@@ -932,7 +936,28 @@ def draw_population(rng, name, share, shape, optics, visible_flux):
         flux = flux * magnitudes_to_flux(rng, count, population.slope(rng), population.span(rng))
     temperature = population.temperature(rng, count)
     columns = {"x": x, "y": y, "flux": flux, "fwhm": np.full(count, optics.fwhm), "temperature": temperature}
-    return Table({**columns, "population": np.full(count, name)})[near]
+    return Table({**columns, "population": np.full(count, name)})
+
+
+def within_margin(stars, shape):
+    """The stars of the table that stand in a frame of this shape or in its margin."""
+    reach = [side / 2 + MARGIN * max(shape) for side in shape]
+    return stars[(np.abs(stars["y"] - shape[0] / 2) < reach[0]) & (np.abs(stars["x"] - shape[1] / 2) < reach[1])]
+
+
+def draw_companions(rng, stars):
+    """draw_stars' table of the companions of some of its stars: doubles, and small groups that touch one another."""
+    share, count = MULTIPLE_SHARE(rng), len(stars)
+    companions = np.where(rng.random(count) < share, 1 + rng.poisson(COMPANIONS, count), 0)
+    table = stars[np.repeat(np.arange(count), companions)]
+    distance = COMPANION_SEPARATION(rng, len(table)) * table["fwhm"].data
+    angle = rng.uniform(0, 2 * np.pi, len(table))
+    table["x"] += distance * np.cos(angle)
+    table["y"] += distance * np.sin(angle)
+    table["flux"] *= 10 ** (-0.4 * COMPANION_MAGNITUDES(rng, len(table)))
+    if count:
+        table["temperature"] = rng.choice(stars["temperature"].data, len(table))
+    return table
 
 
 def star_colors(rng, temperature, color):
@@ -1513,7 +1538,9 @@ def generate(settings):
         more = f", {bare} of them without a catalogue" if bare else ""
         print(f"{folder}: {len(there)} of {len(indices)} pairs are there and kept{more} (--overwrite: anew)")
     failed = 0
-    with tqdm(total=len(missing), unit="pair", desc=str(folder)) as bar:
+    with waiting_for_later(signal.SIGINT):  # a bar that is interrupted in its making shows what it then lacks
+        bar = tqdm(total=len(missing), unit="pair", desc=str(folder))
+    with bar:
         for message in work(
             ((i, settings, photographs) for i in missing), settings.cpus or min(os.cpu_count(), MOST_CPUS)
         ):

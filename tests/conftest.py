@@ -18,6 +18,14 @@ if keras.backend.backend() == "tensorflow":
     importlib.import_module("tensorflow").config.experimental.enable_op_determinism()  # to compare one run with another
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Where pytest-xdist divides the tests among processes, those that share a run of training go to one of them."""
+    for item in items:
+        if {"whole", "resumed", "survivor", "gray"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group("runs"))
+
+
 def run(*arguments):
     """A command, parsed and run in this process."""
     nox.main(nox.parse_arguments([str(argument) for argument in arguments]))

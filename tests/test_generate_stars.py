@@ -522,9 +522,32 @@ def test_beacons_are_saturated_to_the_asked_radius(monkeypatch):
 def test_stars_of_a_population_are_not_crowded_into_a_glow(fwhm, monkeypatch):
     crowd = dataclasses.replace(gs.POPULATIONS["crowd"], chance=1.0, density=gs.Range(1e8, 1.1e8))
     monkeypatch.setattr(gs, "POPULATIONS", {"crowd": crowd})
+    monkeypatch.setattr(gs, "MULTIPLE_SHARE", gs.Range(0, 0))  # companions come on top
     stars = gs.draw_stars(np.random.default_rng(0), (300, 300), plain_optics(fwhm=fwhm), lambda height: height)
     inside = (stars["x"] > 0) & (stars["x"] < 300) & (stars["y"] > 0) & (stars["y"] < 300)
     assert inside.sum() * fwhm**2 / 300**2 == pytest.approx(gs.CONFUSION, rel=0.1)
+
+
+def test_companions_stand_close_to_a_brighter_star_as_many_in_each_octave(monkeypatch):
+    monkeypatch.setattr(gs, "MULTIPLE_SHARE", gs.Range(1, 1))
+    x, y = np.meshgrid(100.0 * np.arange(20), 100.0 * np.arange(20))
+    columns = {"x": x.ravel(), "y": y.ravel(), "flux": np.full(400, 7.0), "fwhm": np.full(400, 3.0)}
+    stars = gs.Table({**columns, "temperature": np.linspace(3000, 9000, 400), "population": np.full(400, "field")})
+    companions = gs.draw_companions(np.random.default_rng(0), stars)
+    assert len(companions) == pytest.approx(400 * (1 + gs.COMPANIONS), rel=0.1)
+    separation = [np.abs(companions[axis] - 100 * np.round(companions[axis] / 100)) for axis in "xy"]
+    octaves = np.histogram(np.log2(np.hypot(*separation) / 3), np.arange(-1, 3))[0]  # 0.5 to 4 FWHM
+    np.testing.assert_allclose(octaves, len(companions) / np.log2(6 / 0.5), rtol=0.15)
+    assert companions["flux"].max() < 7 and companions["flux"].min() > 7 * 10 ** (-0.4 * 4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_share_of_the_stars_has_companions(monkeypatch, share):
+    monkeypatch.setattr(gs, "MULTIPLE_SHARE", gs.Range(share, share))
+    monkeypatch.setattr(gs, "COMPANIONS", 0.0)
+    columns = {name: np.full(2000, 3.0) for name in ("x", "y", "flux", "fwhm", "temperature")}
+    companions = gs.draw_companions(np.random.default_rng(0), gs.Table(columns))
+    assert len(companions) / 2000 == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize("bright", [True, False])
